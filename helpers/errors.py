@@ -23,4 +23,6 @@ def unknown(kind: str, value: object, valid: list[str]) -> HelpersError:
 
     near = difflib.get_close_matches(str(value), valid, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return HelpersError(f"unknown {kind} {value!r}", "it is not one of the names known here", f"{hint}valid: {', '.join(valid)}")
+    return HelpersError(
+        f"unknown {kind} {value!r}", "it is not one of the names known here", f"{hint}valid: {', '.join(valid)}"
+    )

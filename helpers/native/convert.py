@@ -1,0 +1,332 @@
+"""Convert an original checkpoint to a folder that today's transformers (and so vLLM) reads, shard by shard.
+
+    read config.json  ->  look at every file's header  ->  plan and check the whole result  ->  write shard by shard
+
+Nothing is written before the whole plan is known to be right. One source shard becomes one target shard, read
+through a memory map, so the need for RAM is about the largest shard whatever the model's size. Work lies in
+``<target>.partial`` until it is complete: an interrupted run is taken up again at the next shard.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HelpersError, unknown
+from .family import Family, Original
+from .lora import Adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+    from .rules import Rule
+
+RECIPE = 1
+"""Raised whenever the result of a conversion changes, so that cached results of older code are made anew."""
+
+RECEIPT = "conversion.json"
+
+
+def families() -> dict[str, Family]:
+    """Return the families by the ``model_type`` of their original config.json."""
+    from . import baichuan, chatglm, internlm2, llama, qwen
+
+    return {module.FAMILY.model_type: module.FAMILY for module in (chatglm, baichuan, qwen, internlm2, llama)}
+
+
+def read_original(folder: Path) -> tuple[Original, Family]:
+    """Read an original config.json as plain JSON (never through remote code) and find its family."""
+    file = Path(folder) / "config.json"
+    try:
+        original = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HelpersError(f"no checkpoint in {folder}", "there is no config.json", "check the folder's name") from None
+    except ValueError as error:
+        raise HelpersError(f"cannot read {file}", f"it is not JSON ({error})", "download it again") from None
+    if original.get("model_type") not in families():
+        raise unknown("model_type in config.json", original.get("model_type"), sorted(families()))
+    return original, families()[original["model_type"]]
+
+
+def native_config(original: Original) -> PreTrainedConfig:
+    """Translate an original config.json to the native class's config."""
+    family = families()[original["model_type"]]
+    config = family.config(original)
+    config.architectures = [family.native_class]
+    return config
+
+
+def to_original(original: Original, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read a family's table backwards: a native state dict in the original's names and layout.
+
+    Rotary buffers, which the native classes compute, are not made up again.
+    """
+    written = {}
+    layers = range(native_config(original).num_hidden_layers)
+    for rule in families()[original["model_type"]].rules(original):
+        for layer in layers if "{i}" in rule.source else [0]:
+            name = rule.source.replace("{i}", str(layer))
+            targets = rule.match(name)
+            if targets and all(target in native for target in targets):
+                written[name] = rule.join([native[target] for target in targets])
+    return written
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    *,
+    adapters: Sequence[Path | str] = (),
+    chat_format: str | None = None,
+    progress: bool = False,
+) -> Path:
+    """Convert the original checkpoint in ``source`` to a native one in ``target``.
+
+    Args:
+        source: folder with config.json, weight files and (if there is one) the tokenizer's file.
+        target: folder to make; an up-to-date result of an earlier run is left as it is.
+        adapters: LoRA folders to merge, in this order; the last one's tokenizer is taken.
+        chat_format: name of the chat template to store; the family's own when None.
+        progress: show a bar over the shards.
+
+    Returns:
+        ``target``, which ``AutoModelForCausalLM`` and ``AutoTokenizer`` read.
+
+    Raises:
+        HelpersError: the checkpoint cannot be converted exactly, or the disk is full; nothing is left behind. When
+            the run is interrupted, finished shards stay in ``<target>.partial`` and the next run goes on from them.
+    """
+    from filelock import FileLock
+    from safetensors import SafetensorError
+
+    target = Path(target)
+    work = Conversion(Path(source), [Path(folder) for folder in adapters], chat_format)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(target.name + ".lock")):
+        if _receipt(target) == work.receipt:
+            return target
+        work.check()
+        partial = target.with_name(target.name + ".partial")
+        if _receipt(partial) != work.receipt:
+            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(exist_ok=True)
+            (partial / RECEIPT).write_text(json.dumps(work.receipt, indent=1))
+            work.write_shards(partial, progress)
+            work.write_rest(partial)
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise HelpersError(
+                f"cannot write {target.name}",
+                f"the disk is full: {work.size / 1e9:.2f} GB are needed, "
+                f"{shutil.disk_usage(target.parent).free / 1e9:.2f} GB are free",
+                "free some space, or set LLM_DEPLOY_CACHE to a folder on a larger disk",
+            ) from None
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    return target
+
+
+def merge_lora(base: Path | str, lora: Path | str, target: Path | str, **options: Any) -> Path:
+    """Convert a Llama base with one LoRA merged into it: ``convert`` with a single adapter."""
+    return convert(base, target, adapters=[lora], **options)
+
+
+class Conversion:
+    """What is known of one conversion before anything is written."""
+
+    def __init__(self, source: Path, adapters: list[Path], chat_format: str | None) -> None:
+        """Read the small files of the checkpoint and find its weight files."""
+        self.source = source
+        self.original, self.family = read_original(source)
+        self.adapters = [Adapter(folder) for folder in adapters]
+        for adapter in self.adapters:
+            self.original = adapter.adapt_config(self.original)
+        self.config = native_config(self.original)
+        self.chat_format = chat_format or self.family.chat_format
+        self.rules: list[Rule] = self.family.rules(self.original)
+        self.files = weight_files(source)
+        self.size = sum(file.stat().st_size for file in self.files)
+        folders = [source, *adapters]
+        inputs = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+        self.receipt = {
+            "recipe": RECIPE,
+            "chat_format": self.chat_format,
+            "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in inputs],
+        }
+
+    def targets(self, name: str) -> tuple[Rule, tuple[str, ...]]:
+        """Find the rule about an original tensor and the native names it fills."""
+        for rule in self.rules:
+            targets = rule.match(name)
+            if targets is not None:
+                tied_head = self.config.tie_word_embeddings and targets == ("lm_head.weight",)
+                return rule, () if tied_head else targets
+        raise _wrong(f"the checkpoint holds {name!r}, which is no tensor of {self.family.model_type}")
+
+    def adapted(self, name: str, tensor: Tensor) -> Tensor:
+        """Return an original tensor with the adapters merged in."""
+        for adapter in self.adapters:
+            tensor = adapter.apply(name, tensor)
+        return tensor
+
+    @cached_property
+    def dtype(self) -> Any:
+        """The floating-point type of the weights, that of the first file's first tensor."""
+        return next(tensor.dtype for tensor in open_shard(self.files[0]).values() if tensor.is_floating_point())
+
+    def check(self) -> None:
+        """Compare what the files would become with an empty native model, by names and shapes.
+
+        The table is run on meta tensors, which have a shape and no values.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(self.config)
+        wanted = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            wanted.pop("lm_head.weight", None)
+
+        sources, made = set(), {}
+        for file in self.files:
+            for name, tensor in open_shard(file).items():
+                sources.add(name)
+                rule, targets = self.targets(name)
+                if targets:
+                    try:
+                        parts = rule.split(self.adapted(name, tensor.to("meta")))
+                    except RuntimeError:
+                        raise _wrong(f"{name!r}, {list(tensor.shape)}, cannot be cut as config.json says") from None
+                    made |= {target: list(part.shape) for target, part in zip(targets, parts, strict=True)}
+        for adapter in self.adapters:
+            adapter.check_complete(sources)
+        for name in sorted(wanted.keys() | made.keys()):
+            if name not in made:
+                raise _wrong(f"no tensor becomes {name!r}: the checkpoint is incomplete")
+            if name not in wanted:
+                raise _wrong(f"{name!r} has no place in a model of {self.config.num_hidden_layers} layers")
+            if made[name] != wanted[name]:
+                raise _wrong(f"{name!r} would have shape {made[name]}, config.json asks for {wanted[name]}")
+
+    def write_shards(self, folder: Path, progress: bool) -> None:
+        """Write one target shard a source shard, each under a temporary name first, then the index."""
+        from safetensors.torch import save_file
+        from tqdm.auto import tqdm
+
+        left = self.size - sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if shutil.disk_usage(folder).free < left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        weight_map, total = {}, 0
+        for number, file in enumerate(tqdm(self.files, "converting", disable=not progress), start=1):
+            done = folder / f"model-{number:05d}-of-{len(self.files):05d}.safetensors"
+            shard, tensors = open_shard(file), {}
+            for name in shard:
+                rule, targets = self.targets(name)
+                weight_map |= dict.fromkeys(targets, done.name)
+                if targets and not done.exists():
+                    parts = rule.split(self.adapted(name, shard[name]))
+                    tensors |= {target: part.contiguous() for target, part in zip(targets, parts, strict=True)}
+            if not done.exists():
+                writing = done.with_suffix(".writing")
+                save_file(tensors, writing, metadata={"format": "pt"})
+                writing.rename(done)
+            total += done.stat().st_size
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+    def write_rest(self, folder: Path) -> None:
+        """Write config.json, the tokenizer and the generation settings."""
+        from transformers import GenerationConfig
+
+        self.config.dtype = self.dtype
+        self.config.save_pretrained(folder)
+        stops = self.config.eos_token_id
+        source = next(
+            (a.folder for a in reversed(self.adapters) if (a.folder / "tokenizer.model").exists()), self.source
+        )
+        if any((source / name).exists() for name in ("tokenizer.model", "qwen.tiktoken")):
+            tokenizer = self.family.tokenizer(source, self.original, self.chat_format)
+            tokenizer.save_pretrained(folder)
+            stops = self.family.stops(tokenizer, self.chat_format)
+        pad = self.config.pad_token_id
+        GenerationConfig(
+            bos_token_id=self.config.bos_token_id,
+            eos_token_id=stops,
+            pad_token_id=pad if pad is not None else self.config.eos_token_id,
+            do_sample=False,
+        ).save_pretrained(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List a checkpoint's weight files, safetensors before .bin; raises when one that the index names is missing."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if index.exists():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            missing = [file.name for file in files if not file.exists()]
+            if missing:
+                raise HelpersError(
+                    f"{folder.name} is incomplete", f"shard {', '.join(missing)} is missing", "download it again"
+                )
+            return files
+        if single.exists():
+            return [single]
+    raise HelpersError(
+        f"no weights in {folder}",
+        "there is neither model.safetensors nor pytorch_model.bin, nor an index of shards",
+        "download the whole checkpoint",
+    )
+
+
+def open_shard(file: Path) -> dict[str, Tensor]:
+    """Map one weight file into memory: tensors are views of the file, whose pages are read when touched.
+
+    Raises:
+        HelpersError: the file is truncated or damaged, or a .bin holds anything but tensors (it is not unpickled).
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise HelpersError(
+            f"refused to load {file.name}",
+            f"it holds more than tensors and could run code when unpickled ({_first_line(error)})",
+            "take the safetensors file of this model, or a copy from its publisher",
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise HelpersError(
+            f"cannot read {file.name}",
+            f"the file is truncated or damaged ({_first_line(error)})",
+            "download this shard again",
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+
+
+def _wrong(why: str) -> HelpersError:
+    return HelpersError("cannot convert this checkpoint", why, "check that config.json and weights belong together")
+
+
+def _receipt(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / RECEIPT).read_text())
+    except (OSError, ValueError):
+        return None
