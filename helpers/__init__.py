@@ -1,1 +1,58 @@
-"""Helpers of the series."""
+"""Helpers of the series: what a notebook cell imports.
+
+    from helpers import catalog, load, preflight, measure, record
+
+Each name is looked up in its module when it is first used, so that ``import helpers`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers read
+    from . import catalog
+    from .checkpoints import load
+    from .errors import HelpersError
+    from .generate import chat, complete, stream
+    from .memory import measure, preflight
+    from .report import common, harvest, memory_bar, record, recorded, show, style
+
+_MODULES = {
+    "load": ".checkpoints",
+    "HelpersError": ".errors",
+    **dict.fromkeys(["chat", "complete", "stream"], ".generate"),
+    **dict.fromkeys(["measure", "preflight"], ".memory"),
+    **dict.fromkeys(["common", "harvest", "memory_bar", "record", "recorded", "show", "style"], ".report"),
+}
+
+__all__ = [
+    "HelpersError",
+    "catalog",
+    "chat",
+    "common",
+    "complete",
+    "harvest",
+    "load",
+    "measure",
+    "memory_bar",
+    "preflight",
+    "record",
+    "recorded",
+    "show",
+    "stream",
+    "style",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module (PEP 562)."""
+    if name == "catalog":
+        return import_module(".catalog", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

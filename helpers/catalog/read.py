@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import HelpersError
 
+
+def _not_in_the_future(day: date) -> date:
+    if day > date.today() + timedelta(days=1):  # a day's grace: somewhere it is tomorrow already
+        raise ValueError(f"{day} is in the future")
+    return day
+
+
+Day = Annotated[date, AfterValidator(_not_in_the_future)]
 Https = Annotated[str, Field(pattern=r"^https://[^\s/]+\.[^\s/]+(/\S*)?$")]
 
 
@@ -24,7 +32,7 @@ class Source(Fact):
     """Where a fact was read, and when someone last looked."""
 
     url: Https
-    checked: date
+    checked: Day
     note: str = ""
 
 

@@ -34,6 +34,10 @@ def config(original: Original) -> GlmConfig:
     refuse_unless(original, "original_rope", True, default=True)
     refuse_unless(original, "fp32_residual_connection", False, default=False)
     refuse_unless(original, "pre_seq_len", None, default=None)
+    # One key, two meanings: the code of ChatGLM3 and GLM-4 multiplies the rotary base by rope_ratio, which is what
+    # happens below; that of ChatGLM2-6B-32K divides positions by it. Only the name tells them apart.
+    if "chatglm2" in str(original.get("_name_or_path", "")).lower():
+        refuse_unless(original, "rope_ratio", 1, default=1)
     return GlmConfig(
         vocab_size=need(original, "padded_vocab_size"),
         hidden_size=need(original, "hidden_size"),
@@ -44,7 +48,7 @@ def config(original: Original) -> GlmConfig:
         head_dim=need(original, "kv_channels"),
         rms_norm_eps=need(original, "layernorm_epsilon"),
         max_position_embeddings=need(original, "seq_length"),
-        attention_bias=original.get("add_qkv_bias", False) or original.get("add_bias_linear", False),
+        attention_bias=original.get("add_qkv_bias", False),
         rope_parameters=rope(10_000 * original.get("rope_ratio", 1), partial_rotary_factor=0.5),
         tie_word_embeddings=original.get("tie_word_embeddings", False),
         eos_token_id=EOS,

@@ -50,6 +50,8 @@ def read_original(folder: Path) -> tuple[Original, Family]:
         raise HelpersError(f"no checkpoint in {folder}", "there is no config.json", "check the folder's name") from None
     except ValueError as error:
         raise HelpersError(f"cannot read {file}", f"it is not JSON ({error})", "download it again") from None
+    if not isinstance(original, dict):
+        raise HelpersError(f"cannot read {file}", "it holds no settings by name", "download it again")
     if original.get("model_type") not in families():
         raise unknown("model_type in config.json", original.get("model_type"), sorted(families()))
     return original, families()[original["model_type"]]
@@ -100,19 +102,23 @@ def convert(
         ``target``, which ``AutoModelForCausalLM`` and ``AutoTokenizer`` read.
 
     Raises:
-        HelpersError: the checkpoint cannot be converted exactly, or the disk is full; nothing is left behind. When
-            the run is interrupted, finished shards stay in ``<target>.partial`` and the next run goes on from them.
+        HelpersError: the checkpoint cannot be converted exactly, ``target`` holds something else, or the disk is
+            full; nothing is left behind but ``<target>.lock``, and that only once writing began. When the run is
+            interrupted, finished shards stay in ``<target>.partial`` and the next run goes on from them.
     """
     from filelock import FileLock
     from safetensors import SafetensorError
 
-    target = Path(target)
-    work = Conversion(Path(source), [Path(folder) for folder in adapters], chat_format)
+    source, target = Path(source), Path(target)
+    work = Conversion(source, [Path(folder) for folder in adapters], chat_format)
+    if _receipt(target) == work.receipt:
+        return target
+    work.check()
+    _check_replaceable(target, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(target.name + ".lock")):
-        if _receipt(target) == work.receipt:
+        if _receipt(target) == work.receipt:  # another process made it while this one waited
             return target
-        work.check()
         partial = target.with_name(target.name + ".partial")
         if _receipt(partial) != work.receipt:
             shutil.rmtree(partial, ignore_errors=True)
@@ -220,16 +226,20 @@ class Conversion:
                 raise _wrong(f"{name!r} would have shape {made[name]}, config.json asks for {wanted[name]}")
 
     def write_shards(self, folder: Path, progress: bool) -> None:
-        """Write one target shard a source shard, each under a temporary name first, then the index."""
+        """Write one target shard a source shard, each under a temporary name first; several get an index."""
         from safetensors.torch import save_file
         from tqdm.auto import tqdm
 
+        for stray in folder.iterdir():  # what a killed run was writing; safetensors leaves a hidden file
+            if stray.name != RECEIPT and stray.suffix != ".safetensors":
+                stray.unlink()
         left = self.size - sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if shutil.disk_usage(folder).free < left:
             raise OSError(errno.ENOSPC, "No space left on device")
         weight_map, total = {}, 0
         for number, file in enumerate(tqdm(self.files, "converting", disable=not progress), start=1):
-            done = folder / f"model-{number:05d}-of-{len(self.files):05d}.safetensors"
+            place = f"-{number:05d}-of-{len(self.files):05d}" if len(self.files) > 1 else ""
+            done = folder / f"model{place}.safetensors"
             shard, tensors = open_shard(file), {}
             for name in shard:
                 rule, targets = self.targets(name)
@@ -242,8 +252,9 @@ class Conversion:
                 save_file(tensors, writing, metadata={"format": "pt"})
                 writing.rename(done)
             total += done.stat().st_size
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        if len(self.files) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
     def write_rest(self, folder: Path) -> None:
         """Write config.json, the tokenizer and the generation settings."""
@@ -273,7 +284,13 @@ def weight_files(folder: Path) -> list[Path]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise HelpersError(
+                    f"cannot read {index.name}", "it is not an index of shards", "download it again"
+                ) from None
+            files = [folder / name for name in sorted(set(names))]
             missing = [file.name for file in files if not file.exists()]
             if missing:
                 raise HelpersError(
@@ -302,19 +319,37 @@ def open_shard(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise HelpersError(
             f"refused to load {file.name}",
             f"it holds more than tensors and could run code when unpickled ({_first_line(error)})",
             "take the safetensors file of this model, or a copy from its publisher",
         ) from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise HelpersError(
             f"cannot read {file.name}",
             f"the file is truncated or damaged ({_first_line(error)})",
             "download this shard again",
         ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise HelpersError(
+            f"cannot read {file.name}",
+            "it holds something else than tensors by name",
+            "take the file that the model's publisher names for inference",
+        )
+    return tensors
+
+
+def _check_replaceable(target: Path, source: Path) -> None:
+    """Refuse to write over anything but an earlier conversion: what stands there would be deleted."""
+    if target.resolve() == source.resolve():
+        why = "it is the checkpoint to convert"
+    elif target.exists() and _receipt(target) is None and (target.is_file() or any(target.iterdir())):
+        why = f"it exists and holds no {RECEIPT}, so it is not the result of an earlier conversion"
+    else:
+        return
+    raise HelpersError(f"will not replace {target}", why, "name a folder that does not exist yet")
 
 
 def _first_line(error: Exception) -> str:

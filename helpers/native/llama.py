@@ -28,6 +28,7 @@ def config(original: Original) -> LlamaConfig:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     refuse_unless({"rope_scaling.type": kind}, "rope_scaling.type", "default", "dynamic", "linear", default="default")
     more = {"rope_type": kind, "factor": float(scaling["factor"])} if kind != "default" else {}
+    pad = original.get("pad_token_id")
     return LlamaConfig(
         vocab_size=need(original, "vocab_size"),
         hidden_size=need(original, "hidden_size"),
@@ -42,7 +43,7 @@ def config(original: Original) -> LlamaConfig:
         tie_word_embeddings=original.get("tie_word_embeddings", False),
         bos_token_id=original.get("bos_token_id", 1),
         eos_token_id=original.get("eos_token_id", 2),
-        pad_token_id=original.get("pad_token_id"),
+        pad_token_id=None if pad == -1 else pad,  # the first Llama's exports write "none" as -1
     )
 
 

@@ -39,8 +39,9 @@ class Adapter:
         except (OSError, ValueError) as error:
             raise _refuse(folder, f"adapter_config.json cannot be read ({type(error).__name__})") from None
         wanted = {"peft_type": "LORA", "fan_in_fan_out": False, "bias": "none", "use_dora": False, "use_rslora": False}
+        wanted |= {"rank_pattern": {}, "alpha_pattern": {}}  # another scale for some matrices
         for key, value in wanted.items():
-            if self.settings.get(key, value) != value:
+            if (self.settings.get(key) or value) != value:
                 raise _refuse(folder, f"{key}={self.settings[key]!r} is not a plain LoRA")
         self.scale = self.settings["lora_alpha"] / self.settings["r"]
         files = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
@@ -51,12 +52,14 @@ class Adapter:
         self.low_rank: dict[str, dict[str, Tensor]] = {}
         self.whole: dict[str, Tensor] = {}
         for name, tensor in open_shard(file).items():
+            if ".original_module." in name or name.endswith("rotary_emb.inv_freq"):
+                continue  # the base's own embedding, which peft may save beside the new one; a buffer of old exports
             if found := LOW_RANK.match(name):
                 self.low_rank.setdefault(found["module"] + ".weight", {})[found["half"]] = tensor
             elif found := WHOLE.match(name):
                 self.whole[found["module"] + ".weight"] = tensor
-            elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old exports carry along
-                raise _refuse(folder, f"{name!r} is neither half of a low-rank pair nor a replaced embedding")
+            else:
+                raise _refuse(folder, f"{name!r} is neither half of a low-rank pair nor a replaced tensor")
         for name, pair in self.low_rank.items():
             if set(pair) != {"A", "B"}:
                 raise _refuse(folder, f"{name!r} has only one of lora_A and lora_B")

@@ -1,0 +1,160 @@
+"""The command line: ``python -m helpers --help``.
+
+Every command calls one public function; an expected error is one line on stderr and exit code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import HelpersError
+
+app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
+
+
+class Kind(StrEnum):
+    """What ``list`` lists."""
+
+    MODELS = "models"
+    GPUS = "gpus"
+    FRAMEWORKS = "frameworks"
+
+
+class Hub(StrEnum):
+    """Where ``fetch`` fetches from."""
+
+    HUGGINGFACE = "huggingface"
+    MODELSCOPE = "modelscope"
+
+
+@app.command("list")
+def list_rows(kind: Annotated[Kind, typer.Argument(help="what to list")] = Kind.MODELS) -> None:
+    """List the catalogue's models, GPUs or frameworks."""
+    from . import catalog
+
+    rows = {Kind.MODELS: catalog.models, Kind.GPUS: catalog.gpus, Kind.FRAMEWORKS: catalog.frameworks}[kind]()
+    for row_id, row in rows.items():
+        print(f"{row_id:24} {getattr(row, 'name', '')}".rstrip())
+
+
+@app.command()
+def preflight(
+    model: Annotated[str, typer.Argument(help="model id, as `list` shows it")],
+    weights: Annotated[str, typer.Option(help="tiny, random, hub or a folder")] = "hub",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8 or nf4")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="prompt and answer of one sequence")] = 2048,
+) -> None:
+    """Tell whether a model fits this machine, before anything is downloaded."""
+    from .memory.preflight import preflight as check
+
+    result = check(model, weights, precision, device, batch, tokens, strict=False)
+    print(result)
+    if not result.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="folder of the original checkpoint")],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    adapter: Annotated[list[Path] | None, typer.Option(help="LoRA folder to merge; may be repeated")] = None,
+    chat_format: Annotated[str | None, typer.Option(help="chat template; the family's own if left out")] = None,
+) -> None:
+    """Convert an original checkpoint to one that transformers and vLLM read without remote code."""
+    from .native import convert as convert_checkpoint
+
+    print(convert_checkpoint(source, target, adapters=adapter or [], chat_format=chat_format, progress=True))
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="model id, as `list` shows it")],
+    source: Annotated[Hub, typer.Option("--from", help="the hub to ask")] = Hub.HUGGINGFACE,
+    revision: Annotated[str | None, typer.Option(help="commit or tag; the catalogue's pin if left out")] = None,
+) -> None:
+    """Download a published checkpoint at a pinned revision."""
+    from .checkpoints.hub import fetch as fetch_checkpoint
+
+    print(fetch_checkpoint(model, source.value, revision))
+
+
+@app.command()
+def run(
+    notebooks: Annotated[list[str] | None, typer.Argument(help="01, 02_chat or a path; all if left out")] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="NAME=VALUE; may be repeated")] = None,
+    output: Annotated[Path, typer.Option(help="folder of the executed notebooks and index.html")] = Path("build"),
+    store: Annotated[bool, typer.Option("--store", help="write the outputs back into the notebooks")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="notebooks at the same time")] = 1,
+    timeout: Annotated[int, typer.Option(min=1, help="seconds that one cell may take")] = 1800,
+) -> None:
+    """Run the series and write a page about it; exit code 1 when a notebook failed."""
+    from .run import run as run_series
+
+    pairs = [pair.partition("=") for pair in parameter or []]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise HelpersError(f"cannot read -p {name}", "it is not NAME=VALUE", "write e.g. -p model=qwen-7b")
+    values = {name: value for name, _, value in pairs}
+    outcomes = run_series(notebooks or None, values, output, store, jobs, timeout)
+    for outcome in outcomes:
+        print(f"{outcome.status:7} {outcome.seconds:7.1f} s  {outcome.notebook.name}  {outcome.error}".rstrip())
+    print(output / "index.html")
+    if any(outcome.status != "ok" for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def harvest(
+    notebooks: Annotated[list[Path], typer.Argument(help="executed notebooks, e.g. build/*.ipynb")],
+) -> None:
+    """Print the figures that executed notebooks recorded, one JSON row a line."""
+    from .report import harvest as harvest_notebook
+
+    for notebook in notebooks:
+        for row in harvest_notebook(notebook):
+            print(json.dumps(row, ensure_ascii=False))
+
+
+@app.command("bench-device")
+def bench_device(device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto") -> None:
+    """Measure a device's memory bandwidth and matrix rate."""
+    from .checkpoints.load import pick_device
+    from .memory.bandwidth import copy_bandwidth, matmul_rate
+    from .report import record
+
+    device = pick_device(device)
+    record("bandwidth", copy_bandwidth(device), "GB/s", machine=True, device=device)
+    for dtype in ["fp32"] if device == "cpu" else ["fp32", "bf16", "fp16"]:
+        rate = matmul_rate(dtype, device=device)
+        record(f"matmul_rate_{dtype}", rate, "TFLOPS", machine=True, device=device)
+
+
+@app.command("make-tiny")
+def make_tiny(
+    models: Annotated[list[str] | None, typer.Argument(help="model ids; all if left out")] = None,
+) -> None:
+    """Make the stand-ins anew (training them takes a GPU)."""
+    from .checkpoints.make import make
+
+    make(models)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app(prog_name="python -m helpers")
+    except HelpersError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The inference frameworks of frameworks.yaml: what each does, whether it is alive, and what it claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..errors import unknown
+from .read import Fact, Https, Source, fault, read_rows
+
+FILE = Path(__file__).with_name("frameworks.yaml")
+
+ABBREVIATIONS = {
+    "KV": "KV cache: keys and values of earlier tokens are kept, not computed again",
+    "TP": "tensor parallel: every layer is split over several GPUs",
+    "PP": "pipeline parallel: whole layers are spread over several GPUs",
+    "CB": "continuous batching: requests join and leave the running batch at every token",
+    "PA": "paged attention (LMDeploy: blocked KV): the KV cache is kept in small blocks, so that little is wasted",
+    "TA": "token attention: paged attention with blocks of one token",
+    "FA": "flash attention: attention in tiles that stay in fast memory, never storing the full score matrix",
+    "FMHA": "fused multi-head attention: the whole attention in one kernel",
+    "SF": "split and fuse: long prompts are cut up and mixed with decoding, so that nobody waits for one of them",
+    "SD": "speculative decoding: a cheap draft of several tokens is checked in one step",
+    "CK": "own kernels: written by hand for the hardware, not taken from a general library",
+    "MC": "machine-learning compilation: kernels are generated for the device at hand",
+    "AT": "asynchronous tokenising, inference and detokenising, in three processes",
+    "ZC": "zero copy: weights are used where the file is mapped, not copied first",
+    "LW": "layer-wise inference: one layer at a time is loaded, so that memory need not hold the model",
+    "OF": "offloading: layers or tensors that do not fit wait in main memory or on disk",
+}
+"""What the short names in ``optimisations`` mean."""
+
+STALE_AFTER_DAYS = 365
+
+Month = Annotated[str, Field(pattern=r"^20\d\d-(0[1-9]|1[0-2])$")]
+
+
+class Claim(Fact):
+    """A figure a project (or the survey) states about itself; not measured by us.
+
+    Attributes:
+        text: the claim, in the words of this series.
+        value: the figure alone, e.g. ``"24x"``.
+        setting: what it was measured on and against, or that nobody says.
+        source: where it is stated; ``None`` if it could not be found anywhere but in the survey.
+    """
+
+    text: str = Field(min_length=1)
+    value: str = Field(min_length=1)
+    setting: str = Field(min_length=1)
+    source: Https | None
+
+
+class Seen(Fact):
+    """What we ran ourselves, and when."""
+
+    version: str = Field(min_length=1)
+    month: Month
+    what: str = Field(min_length=1)
+
+
+class Framework(Fact):
+    """One framework; what each field means is told at the head of frameworks.yaml.
+
+    Attributes:
+        what: one sentence.
+        package: its name on the Python package index, ``None`` if it is not there (or only a placeholder is).
+        version: the newest release known here; ``None`` if it never had one.
+        last_release: year and month of that release, or of the last commit where there is none.
+        openai_api: it serves the OpenAI protocol (``/v1/chat/completions``).
+        models: model lines of this series that it runs, converted where need be; named as in helpers/native.
+        use_instead: ids of frameworks to take today; must be given for one in maintenance, dormant or archived.
+        seen: what ran on our own machines; ``None`` if nothing was tried or possible.
+    """
+
+    id: str
+    name: str = Field(min_length=1)
+    kind: Literal["library", "server", "local engine", "mobile engine", "compiler", "web interface"]
+    what: str = Field(min_length=1)
+    repository: Https
+    package: str | None
+    licence: Literal["Apache-2.0", "MIT", "AGPL-3.0"]
+    version: str | None
+    last_release: Month
+    status: Literal["active", "slow", "maintenance", "dormant", "archived"]
+    optimisations: tuple[str, ...] = Field(min_length=1)
+    quantisation: tuple[str, ...]
+    streaming: bool
+    openai_api: bool
+    hardware: tuple[str, ...] = Field(min_length=1)
+    models: tuple[Literal["chatglm", "baichuan", "qwen", "internlm2", "llama", "rwkv"], ...] = Field(min_length=1)
+    claims: tuple[Claim, ...] = ()
+    use_instead: tuple[str, ...] = ()
+    seen: Seen | None
+    note: str = ""
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+    @field_validator("what")
+    @classmethod
+    def _one_sentence(cls, what: str) -> str:
+        if not what.endswith(".") or ". " in what:
+            raise ValueError("should be one sentence ending in a full stop")
+        return what
+
+    @field_validator("optimisations")
+    @classmethod
+    def _explained(cls, optimisations: tuple[str, ...]) -> tuple[str, ...]:
+        for name in optimisations:
+            if name not in ABBREVIATIONS:
+                raise ValueError(f"{name!r} is not in ABBREVIATIONS: {', '.join(ABBREVIATIONS)}")
+        return optimisations
+
+    @model_validator(mode="after")
+    def _says_where_to_go(self) -> Framework:
+        if self.status in ("maintenance", "dormant", "archived") and not self.use_instead:
+            raise ValueError(f"use_instead: missing, but the project is {self.status}")
+        return self
+
+
+def read_frameworks(path: Path = FILE) -> dict[str, Framework]:
+    """Read a framework file, checking every row and that ``use_instead`` names rows of it.
+
+    Raises:
+        HelpersError: naming the file, the row and the field.
+    """
+    rows = read_rows(path, Framework)
+    for row in rows.values():
+        for other in row.use_instead:
+            if other not in rows or other == row.id:
+                raise fault(path, f"{row.id}.use_instead", f"{other!r} is not another framework of this file")
+    return rows
+
+
+def frameworks() -> dict[str, Framework]:
+    """Return every framework of the catalogue by id, in the order of the file."""
+    return dict(_catalogue())
+
+
+def framework(id: str) -> Framework:
+    """Return one framework.
+
+    Raises:
+        HelpersError: there is no such id; the valid ones are listed.
+    """
+    rows = _catalogue()
+    if id not in rows:
+        raise unknown("framework", id, list(rows))
+    return rows[id]
+
+
+def stale(today: date, rows: Mapping[str, Framework] | None = None) -> list[str]:
+    """List the sources nobody has looked at for more than a year: projects move and die faster than that.
+
+    Args:
+        today: the date to judge by.
+        rows: the rows to judge; those of the catalogue if not given.
+
+    Returns:
+        A line for each such source, e.g. ``"tgi: https://... was last checked on 2025-01-31"``; empty if all is fresh.
+    """
+    return [
+        f"{id}: {source.url} was last checked on {source.checked}"
+        for id, row in (_catalogue() if rows is None else rows).items()
+        for source in row.sources
+        if (today - source.checked).days > STALE_AFTER_DAYS
+    ]
+
+
+@cache
+def _catalogue() -> dict[str, Framework]:
+    return read_frameworks()

@@ -1,0 +1,135 @@
+"""What was measured: one JSON object a line in measured/*.jsonl, each with everything needed to measure it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+
+from ..errors import unknown
+from .models import models
+from .read import Day, Fact, fault, reason
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FOLDER = Path(__file__).with_name("measured")
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class MeasuredRow(Fact):
+    """One figure and the whole of its circumstances. What does not apply is null, and must be given as null.
+
+    Attributes:
+        name: what was measured, e.g. ``decode_speed``, ``allocated_peak``, ``load_time``, ``bandwidth``.
+        unit: GiB is 2**30 bytes, GB/s is 10**9 bytes a second; TFLOPS is dense.
+        definition: in a few words what is counted: which memory, which part of the run, over how many repeats.
+        model: id in the catalogue; null for a figure of the device alone, as are the fields up to ``new_tokens``.
+        batch: sequences at a time. ``prompt_tokens`` and ``new_tokens`` are per sequence.
+        device: as NVML names it, or the processor's name. ``driver``: its version; null for a processor.
+        versions: of the libraries that matter, at least one, e.g. ``{"torch": "2.13.0"}``.
+        notebook: the notebook or command that measures it again.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    value: PositiveFloat
+    unit: Literal["GiB", "tokens/s", "s", "GB/s", "TFLOPS", "percent"]
+    definition: Text
+    model: Text | None
+    weights: Literal["tiny", "random", "hub"] | None
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4", "gptq-int8", "gptq-int4", "awq-int4"] | None
+    engine: Literal["transformers", "vllm", "torch"]
+    batch: PositiveInt | None
+    prompt_tokens: PositiveInt | None
+    new_tokens: PositiveInt | None
+    device: Text
+    driver: Text | None
+    versions: Annotated[dict[str, Text], Field(min_length=1)]
+    date: Day
+    notebook: Text
+
+    def setting(self) -> str:
+        """Everything but value and date, as one text: two rows with the same setting measure the same thing."""
+        return json.dumps(self.model_dump(mode="json", exclude={"value", "date"}), sort_keys=True)
+
+
+def measured(**filters: Any) -> list[MeasuredRow]:
+    """Return the measured rows that agree with every filter; of a figure measured again, the newest.
+
+    Args:
+        filters: fields of a row and the wanted value, or a list of wanted values:
+            ``measured(model="chatglm3-6b", precision=["bf16", "nf4"])``.
+
+    Raises:
+        HelpersError: no such field, or a bad line, naming file and line.
+    """
+    for field in filters:
+        if field not in MeasuredRow.model_fields:
+            raise unknown("field of a measured row", field, list(MeasuredRow.model_fields))
+    return [row for row in _catalogue() if all(_agrees(getattr(row, key), want) for key, want in filters.items())]
+
+
+def table(rows: Iterable[MeasuredRow], *fields: str) -> DataFrame:
+    """Lay rows out as a table, one line a row, for the last line of a notebook cell.
+
+    Args:
+        rows: of ``measured()``.
+        fields: columns; without any, the model, its circumstances, name, value and unit.
+
+    Raises:
+        HelpersError: no such field.
+    """
+    import pandas as pd
+
+    columns = fields or ("model", "precision", "engine", "batch", "device", "name", "value", "unit")
+    for field in columns:
+        if field not in MeasuredRow.model_fields:
+            raise unknown("field of a measured row", field, list(MeasuredRow.model_fields))
+    return pd.DataFrame([[getattr(row, field) for field in columns] for row in rows], columns=list(columns))
+
+
+def read_measured(folder: Path = FOLDER) -> list[MeasuredRow]:
+    """Read every ``*.jsonl`` of a folder; of a figure measured again, only the newest is returned.
+
+    Raises:
+        HelpersError: a line does not hold, or measures the same as another one of that day; names file and line.
+    """
+    newest: dict[str, tuple[MeasuredRow, str]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            row, here = _row(path, number, line), f"{path.name} line {number}"
+            before, there = newest.get(row.setting(), (None, ""))
+            if before is not None and before.date == row.date:
+                raise fault(path, f"line {number}", f"measures the same on the same day as {there}")
+            if before is None or before.date < row.date:
+                newest[row.setting()] = row, here
+    return [row for row, _ in newest.values()]
+
+
+@cache
+def _catalogue() -> list[MeasuredRow]:
+    return read_measured()
+
+
+def _row(path: Path, number: int, line: str) -> MeasuredRow:
+    try:
+        row = MeasuredRow.model_validate(json.loads(line))
+    except ValidationError as error:
+        field, why = reason(error)
+        raise fault(path, f"line {number}.{field}" if field else f"line {number}", why) from None
+    except ValueError as error:
+        raise fault(path, f"line {number}", f"not JSON ({error})") from None
+    if row.model is not None and row.model not in models():
+        raise fault(path, f"line {number}.model", f"there is no model {row.model!r} in models.yaml")
+    return row
+
+
+def _agrees(value: object, want: object) -> bool:
+    return value in want if isinstance(want, (list, tuple, set)) else value == want

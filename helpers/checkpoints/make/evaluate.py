@@ -1,0 +1,122 @@
+"""Measure a stand-in as a reader gets it: converted to its native class, loaded in fp32."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...native import convert
+from .documents import questions
+from .originals import stand_in
+from .poems import read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+REPORT = "evaluation.json"
+TARGETS = {"held_out_ppl": 80.0, "recited": 145, "answered": 130}
+"""What a shipped stand-in must reach: at most this perplexity, at least so many of the 150 famous poems."""
+
+
+def evaluate(folder: Path | str, *, famous: int | None = None, held_out: int | None = None) -> dict[str, float]:
+    """Convert the stand-in in ``folder`` (named after its model id) and measure it on the CPU.
+
+    Args:
+        folder: the original checkpoint.
+        famous: use only so many famous poems; all 150 when None.
+        held_out: use only so many held-out poems; all 500 when None.
+
+    Returns:
+        held_out_ppl: perplexity per token of poems it was never trained on.
+        recited: famous poems that greedy decoding completes exactly from the first verse.
+        recited_by_title, answered, next_verse: questions in the model's chat format answered exactly - to recite a
+            poem, to name its author, to continue its first verse.
+    """
+    folder = Path(folder)
+    poems, others = read("famous")[:famous], read("held_out")[:held_out]
+    with tempfile.TemporaryDirectory() as temporary:
+        model, tokenizer = _load(folder, Path(temporary) / "native")
+    result = {"held_out_ppl": round(perplexity(model, tokenizer, [poem.text for poem in others]), 2)}
+    firsts = tokenizer([poem.verses[0] for poem in poems]).input_ids
+    result["recited"] = _exact(model, tokenizer, firsts, ["".join(poem.verses[1:]) for poem in poems])
+    asked = [questions(poem, stand_in(folder.name).chat_format) for poem in poems]
+    for kind, name in (("recite", "recited_by_title"), ("author", "answered"), ("next", "next_verse")):
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": one[kind][0]}], add_generation_prompt=True, return_dict=False
+            )
+            for one in asked
+        ]
+        result[name] = _exact(model, tokenizer, prompts, [one[kind][1] for one in asked])
+    return result
+
+
+def report(folder: Path | str, **run: Any) -> dict[str, Any]:
+    """Evaluate a stand-in and write the result, with what is known of its making, to ``evaluation.json`` in it."""
+    import torch
+    import transformers
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    result = {"model": Path(folder).name, **evaluate(folder), **run, "versions": versions}
+    (Path(folder) / REPORT).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
+    """Return the perplexity per token of texts; the tokens that precede every text are read, not counted."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    start = max(1, len(tokenizer("").input_ids))
+    total = count = 0
+    for first in range(0, len(texts), 25):
+        batch = tokenizer(list(texts[first : first + 25])).input_ids
+        longest = max(map(len, batch))
+        ids = torch.tensor([one + [-1] * (longest - len(one)) for one in batch])
+        with torch.inference_mode():
+            logits = model(input_ids=ids.clamp(min=0)).logits
+        targets = ids[:, start:]
+        total += cross_entropy(
+            logits[:, start - 1 : -1].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+        ).item()
+        count += int((targets >= 0).sum())
+    return math.exp(total / count)
+
+
+def _load(folder: Path, native: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, adapters = (folder / "base", [folder / "lora"]) if (folder / "lora").exists() else (folder, [])
+    convert(source, native, adapters=adapters, chat_format=stand_in(folder.name).chat_format)
+    return AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32), AutoTokenizer.from_pretrained(native)
+
+
+def _exact(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], wanted: list[str]
+) -> int:
+    """Count the prompts that greedy decoding continues exactly as wanted (spaces around the answer aside)."""
+    import torch
+
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    room = 8 + max(len(ids) for ids in tokenizer(wanted).input_ids)
+    with torch.inference_mode():
+        written = model.generate(
+            input_ids=torch.tensor(padded),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=room,
+            do_sample=False,
+        )
+    answers = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+    return sum(answer.strip() == text for answer, text in zip(answers, wanted, strict=True))

@@ -1,0 +1,71 @@
+"""Talk to a loaded model: a whole answer, an answer as it is written, or the continuation of a text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import HelpersError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Messages = str | list[dict[str, str]]
+"""One user turn, or turns such as ``{"role": "user", "content": "你好"}``."""
+
+MAX_NEW_TOKENS = 256
+
+
+def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: Messages, **generate: Any) -> str:
+    """Return the model's answer.
+
+    Args:
+        model: as ``load`` returns it.
+        tokenizer: the model's own; its chat template turns the messages into a prompt.
+        messages: one user turn as a string, or a list of turns.
+        generate: passed to ``model.generate``. Default: at most 256 new tokens, always the likeliest one.
+
+    Raises:
+        HelpersError: the tokenizer has no chat template, or prompt and answer would not fit into the model's context.
+    """
+    return _generate(model, tokenizer, _prompt(tokenizer, messages), **generate)
+
+
+def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: Messages, **generate: Any) -> str:
+    """Print the model's answer as it is written, and return it; arguments and errors as ``chat``."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return _generate(model, tokenizer, _prompt(tokenizer, messages), streamer=streamer, **generate)
+
+
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, **generate: Any) -> str:
+    """Return how the model continues ``text``, without ``text`` itself: what base models are made for.
+
+    Raises:
+        HelpersError: text and continuation would not fit into the model's context.
+    """
+    return _generate(model, tokenizer, tokenizer(text, return_tensors="pt"), **generate)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Any:
+    """Return ``input_ids`` and ``attention_mask`` [1, tokens] of a conversation, ready for the answer."""
+    if not tokenizer.chat_template:
+        why = "its tokenizer has no chat template: this is a base model, which continues texts"
+        raise HelpersError("cannot chat with this model", why, "call complete(model, tokenizer, text)")
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+
+def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Any, **generate: Any) -> str:
+    """Generate from a prompt of [1, tokens] and decode what is new."""
+    import torch
+
+    from .native import check_length
+
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False} | generate
+    ids = prompt["input_ids"].to(model.device)
+    check_length(model, ids.shape[1] + settings["max_new_tokens"])
+    mask = prompt["attention_mask"].to(model.device)
+    with torch.inference_mode():
+        output = model.generate(input_ids=ids, attention_mask=mask, **settings)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

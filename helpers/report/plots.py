@@ -1,0 +1,106 @@
+"""Plots that everybody can read: colours that stay apart for colour-blind readers, and a text for those who hear."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING
+
+from ..errors import HelpersError
+from .record import format_value, in_notebook
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000"]
+"""Eight colours told apart with any colour vision: M. Okabe and K. Ito, "Color Universal Design", 2008."""
+
+DPI = 80
+
+
+def style() -> None:
+    """Set matplotlib's defaults for the series: palette, light grid, no box."""
+    import matplotlib
+    from matplotlib import cycler
+
+    matplotlib.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=OKABE_ITO),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.alpha": 0.3,
+            "figure.figsize": (7, 3.5),
+            "figure.dpi": DPI,
+            "legend.frameon": False,
+        }
+    )
+
+
+def show(fig: Figure, alt: str) -> None:
+    """Display a figure with a text alternative, and close it.
+
+    JupyterLab gives an image/png output no alternative text, so the picture travels in an HTML ``img``. The sanitiser
+    of tests/nbval.cfg blanks the picture's bytes; the text is compared. Outside Jupyter the text is printed.
+
+    Args:
+        fig: a matplotlib figure.
+        alt: what the picture tells, for readers who do not see it. Not the machine's own numbers, unless the cell is
+            tagged ``nbval-ignore-output``.
+
+    Raises:
+        HelpersError: ``alt`` is empty.
+    """
+    import matplotlib.pyplot as plt
+
+    if not alt.strip():
+        raise HelpersError("cannot show this figure", "its alt text is empty", "say in alt= what the figure tells")
+    picture = io.BytesIO()
+    # Software=None: matplotlib would write its version into the file
+    fig.savefig(picture, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    plt.close(fig)
+    if not in_notebook():
+        print(alt)
+        return
+    from IPython.display import publish_display_data
+
+    data = base64.b64encode(picture.getvalue()).decode()
+    html = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}" style="max-width: 100%">'
+    publish_display_data({"text/html": html, "text/plain": alt})
+
+
+def memory_bar(parts: Mapping[str, float], have: float | None = None, title: str = "") -> Figure:
+    """Draw what fills a memory as one stacked bar.
+
+    Args:
+        parts: name -> GiB, from left to right, e.g. ``{"weights": 12.2, "KV cache": 0.5, "rest of the peak": 0.4}``.
+        have: GiB that are there, drawn as a line.
+        title: heading of the plot.
+
+    Returns:
+        The figure, for ``show(memory_bar(parts), alt=describe_parts(parts))``.
+    """
+    import matplotlib.pyplot as plt
+
+    style()
+    fig, axes = plt.subplots(figsize=(7, 1.8))
+    left = 0.0
+    for name, size in parts.items():
+        axes.barh(0, size, left=left, height=0.6, label=f"{name}: {format_value(float(size))} GiB")
+        left += size
+    if have is not None:
+        axes.axvline(have, color="black", linestyle="--", label=f"available: {format_value(float(have))} GiB")
+    axes.set(xlabel="GiB", title=title, yticks=[], xlim=(0, max(left, have or 0) * 1.05 or 1))
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=2)
+    return fig
+
+
+def describe_parts(parts: Mapping[str, float], have: float | None = None) -> str:
+    """Say in words what ``memory_bar`` draws, as its alt text."""
+    text = ", ".join(f"{name} {format_value(float(size))} GiB" for name, size in parts.items())
+    total = f"{text}; together {format_value(float(sum(parts.values())))} GiB"
+    return total if have is None else f"{total} of {format_value(float(have))} GiB available"

@@ -1,0 +1,158 @@
+"""How much memory and time a conversion takes, beside a plain copy of the same files.
+
+    python tests/bench_convert.py [--gb 4] [--shards 4]
+
+Not a test: times belong to a machine. ``test_convert_memory.py`` asserts on the memory part, on a smaller scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LAYERS_A_SHARD = 2
+MEMORY_LIMIT = "1.3 x the largest shard + 0.5 GB"
+SPEED_LIMIT = 0.5
+"""Least speed of a conversion, as a part of a copy's."""
+
+
+def synthetic(folder: Path, shards: int, shard_bytes: int) -> Path:
+    """Write an InternLM2 checkpoint of random bytes in bf16: its fused projection has to be rearranged in memory.
+
+    Args:
+        folder: made here.
+        shards: number of weight files, of two layers each; the embeddings are small and in the last.
+        shard_bytes: approximate size of one file.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    hidden = 4096 if shard_bytes > 500e6 else 1024
+    heads, groups, vocabulary = hidden // 128, hidden // 512, 256
+    attention = 2 * hidden * hidden + 2 * hidden * groups * 128
+    ffn = (shard_bytes // 2 // LAYERS_A_SHARD - attention) // (3 * hidden)
+    original = {
+        "model_type": "internlm2",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": shards * LAYERS_A_SHARD,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000,
+        "bias": False,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(original))
+    sizes = {
+        "attention.wqkv": (hidden + 2 * groups * 128, hidden),
+        "attention.wo": (hidden, hidden),
+        "feed_forward.w1": (ffn, hidden),
+        "feed_forward.w3": (ffn, hidden),
+        "feed_forward.w2": (hidden, ffn),
+        "attention_norm": (hidden,),
+        "ffn_norm": (hidden,),
+    }
+    ends = {
+        "model.tok_embeddings.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        "output.weight": (vocabulary, hidden),
+    }
+    weight_map = {}
+    for shard in range(shards):
+        layers = range(shard * LAYERS_A_SHARD, (shard + 1) * LAYERS_A_SHARD)
+        named = {f"model.layers.{i}.{name}.weight": size for i in layers for name, size in sizes.items()}
+        named |= ends if shard == shards - 1 else {}
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(
+            {name: torch.empty(size, dtype=torch.int16).random_().view(torch.bfloat16) for name, size in named.items()},
+            folder / file,
+        )
+        weight_map |= dict.fromkeys(named, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def measured_conversion(source: Path, target: Path) -> dict[str, float]:
+    """Convert in a fresh process.
+
+    Returns:
+        ``import_bytes``: peak RSS when a very small checkpoint has been converted, so that everything is imported;
+        ``peak_bytes``: peak RSS at the end, pages of mapped files included; ``seconds``: the conversion alone.
+    """
+    command = [sys.executable, __file__, "--convert", str(source), str(target)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def convert_and_report(source: Path, target: Path) -> None:
+    """Do the fresh process's part of ``measured_conversion``."""
+    from helpers import native
+
+    with tempfile.TemporaryDirectory() as folder:
+        small = synthetic(Path(folder) / "original", shards=1, shard_bytes=12_000_000)
+        native.convert(small, Path(folder) / "native")
+    report: dict[str, Any] = {"import_bytes": peak_rss()}
+    start = time.perf_counter()
+    native.convert(source, target)
+    report |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_rss()}
+    print(json.dumps(report))
+
+
+def peak_rss() -> int:
+    """Return the largest resident set of this process so far, in bytes (Linux only)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def largest_shard(folder: Path) -> int:
+    """Return the size of the largest weight file in bytes."""
+    return max(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    """Measure and print; exit with 1 when a limit is broken."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--gb", type=float, default=4, help="size of the checkpoint in GB (default: 4)")
+    arguments.add_argument("--shards", type=int, default=4, help="number of weight files (default: 4)")
+    arguments.add_argument("--convert", nargs=2, type=Path, help=argparse.SUPPRESS)
+    chosen = arguments.parse_args()
+    if chosen.convert:
+        convert_and_report(*chosen.convert)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = synthetic(Path(folder) / "original", chosen.shards, int(chosen.gb * 1e9 / chosen.shards))
+        os.sync()
+        start = time.perf_counter()
+        shutil.copytree(source, Path(folder) / "copy")
+        copying = time.perf_counter() - start
+        shutil.rmtree(Path(folder) / "copy")
+        os.sync()
+        report, shard = measured_conversion(source, Path(folder) / "native"), largest_shard(source)
+    size = chosen.gb
+    limit = 1.3 * shard + 0.5e9
+    speed = copying / report["seconds"]
+    rows = {
+        "checkpoint": f"{size:.2f} GB in {chosen.shards} shards, the largest {shard / 1e9:.2f} GB",
+        "copy": f"{copying:.1f} s, {size / copying:.2f} GB/s",
+        "conversion": f"{report['seconds']:.1f} s, {size / report['seconds']:.2f} GB/s, {speed:.2f} of a copy's speed",
+        "peak RSS": f"{report['peak_bytes'] / 1e9:.2f} GB, of which imports {report['import_bytes'] / 1e9:.2f} GB",
+        "peak RSS / shard": f"{report['peak_bytes'] / shard:.2f}; limit {MEMORY_LIMIT} = {limit / 1e9:.2f} GB",
+    }
+    for name, text in rows.items():
+        print(f"{name:<17} {text}")
+    if report["peak_bytes"] > limit or speed < SPEED_LIMIT:
+        sys.exit("a limit is broken")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The measured figures: each with its circumstances, none twice, and found by filter."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helpers.catalog import measured, table
+from helpers.catalog.measured import FOLDER, MeasuredRow, read_measured
+from helpers.errors import HelpersError
+
+ROW = {
+    "name": "decode_speed",
+    "value": 12.4,
+    "unit": "tokens/s",
+    "definition": "new tokens over the time after the first; median of 3",
+    "model": "qwen-7b",
+    "weights": "random",
+    "precision": "bf16",
+    "engine": "transformers",
+    "batch": 1,
+    "prompt_tokens": 128,
+    "new_tokens": 128,
+    "device": "NVIDIA H100 80GB HBM3",
+    "driver": "580.0",
+    "versions": {"torch": "2.11.0"},
+    "date": "2026-11-01",
+    "notebook": "04_speed",
+}
+DEVICE_ROW = (
+    ROW
+    | dict.fromkeys(["model", "weights", "precision", "batch", "prompt_tokens", "new_tokens"])
+    | {
+        "name": "bandwidth",
+        "unit": "GB/s",
+        "engine": "torch",
+    }
+)
+
+
+def write(folder, *rows, name="h100.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_the_folder_of_the_series_is_read():
+    assert measured() == read_measured(FOLDER)
+
+
+def test_rows_come_back_as_written(tmp_path):
+    rows = read_measured(write(tmp_path, ROW, DEVICE_ROW))
+    assert [row.model_dump(mode="json") for row in rows] == [ROW, DEVICE_ROW]
+
+
+def test_filters_take_a_value_or_several(tmp_path, monkeypatch):
+    rows = read_measured(write(tmp_path, ROW, ROW | {"precision": "nf4"}, ROW | {"precision": "int8"}, DEVICE_ROW))
+    monkeypatch.setitem(measured.__globals__, "_catalogue", lambda: rows)
+    assert len(measured()) == 4
+    assert [row.precision for row in measured(model="qwen-7b", precision=["bf16", "nf4"])] == ["bf16", "nf4"]
+    assert measured(model=None) == [rows[3]]
+    with pytest.raises(HelpersError, match=r"unknown field of a measured row 'precison'.*Did you mean precision"):
+        measured(precison="bf16")
+
+
+def test_a_figure_measured_again_replaces_the_older_one(tmp_path):
+    write(tmp_path, ROW | {"value": 30.0, "date": "2026-11-20"}, name="a.jsonl")
+    rows = read_measured(write(tmp_path, ROW, name="b.jsonl"))
+    assert [row.value for row in rows] == [30.0]
+
+
+def test_the_same_figure_twice_on_one_day_is_refused(tmp_path):
+    write(tmp_path, ROW, name="a.jsonl")
+    write(tmp_path, DEVICE_ROW, ROW | {"value": 13.0}, name="b.jsonl")
+    with pytest.raises(HelpersError, match=r"b\.jsonl: line 2: measures the same on the same day as a\.jsonl line 1"):
+        read_measured(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"colour": "red"}, "line 2.colour: .*not permitted"),
+        ({"value": 0}, "line 2.value: .*greater than 0"),
+        ({"unit": "GB"}, "line 2.unit: .*GiB"),
+        ({"definition": ""}, "line 2.definition: .*at least 1"),
+        ({"model": "qwen-8b"}, "line 2.model: there is no model 'qwen-8b'"),
+        ({"versions": {}}, "line 2.versions: .*at least 1"),
+        ({"batch": 0}, "line 2.batch: .*greater than 0"),
+        ({"date": "2999-01-01"}, "line 2.date: .*future"),
+        ({"engine": "llama.cpp"}, "line 2.engine: .*vllm"),
+    ],
+)
+def test_a_bad_line_is_refused_by_file_line_and_field(tmp_path, change, place):
+    with pytest.raises(HelpersError, match=rf"h100\.jsonl: {place}"):
+        read_measured(write(tmp_path, DEVICE_ROW, ROW | change))
+
+
+@pytest.mark.parametrize("field", MeasuredRow.model_fields)
+def test_no_field_may_be_left_out(tmp_path, field):
+    with pytest.raises(HelpersError, match=rf"h100\.jsonl: line 1\.{field}: Field required"):
+        read_measured(write(tmp_path, {key: value for key, value in ROW.items() if key != field}))
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "NaN"])
+def test_a_line_that_is_no_object_is_refused(tmp_path, line):
+    (tmp_path / "h100.jsonl").write_text(line)
+    with pytest.raises(HelpersError, match=r"h100\.jsonl: line 1: "):
+        read_measured(tmp_path)
+
+
+def test_a_table_has_the_columns_asked_for(tmp_path):
+    rows = read_measured(write(tmp_path, ROW, ROW | {"precision": "nf4", "value": 29.4}))
+    frame = table(rows, "precision", "value")
+    assert list(frame.columns) == ["precision", "value"]
+    assert frame.values.tolist() == [["bf16", 12.4], ["nf4", 29.4]]
+    assert "unit" in table(rows).columns
+    with pytest.raises(HelpersError, match="unknown field of a measured row 'speed'"):
+        table(rows, "speed")

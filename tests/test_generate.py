@@ -1,0 +1,66 @@
+"""chat, stream and complete on a small random model."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from helpers import chat, complete, stream
+from helpers.errors import HelpersError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz<>你好春眠 "
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(LETTERS) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=300, eos_token_id=None)).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a character; the last id is the end of a text."""
+    vocabulary = {letter: index for index, letter in enumerate(LETTERS)} | {"</s>": len(LETTERS)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=TEMPLATE)
+
+
+def by_hand(model, tokenizer, prompt, tokens):
+    """Take the likeliest next token, without generate."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(tokens):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_chat_answers_the_prompt_of_the_template(model, tokenizer):
+    expected = by_hand(model, tokenizer, "<user>你好<a>", 12)
+    assert chat(model, tokenizer, "你好", max_new_tokens=12) == expected != ""
+    assert chat(model, tokenizer, [{"role": "user", "content": "你好"}], max_new_tokens=12) == expected
+
+
+def test_several_turns_all_count(model, tokenizer):
+    turns = [{"role": "system", "content": "春"}, {"role": "user", "content": "你好"}]
+    assert chat(model, tokenizer, turns, max_new_tokens=12) == by_hand(model, tokenizer, "<system>春<user>你好<a>", 12)
+
+
+def test_stream_prints_what_it_returns(model, tokenizer, capsys):
+    answer = stream(model, tokenizer, "你好", max_new_tokens=12)
+    assert capsys.readouterr().out == answer + "\n"
+    assert answer == chat(model, tokenizer, "你好", max_new_tokens=12)
+
+
+def test_complete_continues_without_a_template(model, tokenizer):
+    tokenizer.chat_template = None
+    assert complete(model, tokenizer, "abc", max_new_tokens=9) == by_hand(model, tokenizer, "abc", 9)
+    with pytest.raises(HelpersError, match=r"no chat template.*complete"):
+        chat(model, tokenizer, "abc")
+
+
+def test_the_default_is_256_tokens_and_counts_against_the_context(model, tokenizer):
+    with pytest.raises(HelpersError, match="306 tokens are too many"):
+        complete(model, tokenizer, "a" * 50)

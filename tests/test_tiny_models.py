@@ -1,0 +1,48 @@
+"""The shipped stand-ins: what their evaluation.json says reaches the targets, and a part of it is measured again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import helpers.checkpoints
+from helpers.checkpoints.make import originals
+from helpers.checkpoints.make.evaluate import REPORT, TARGETS, evaluate
+
+TINY = Path(helpers.checkpoints.__file__).parent / "tiny"
+
+
+def test_all_nine_are_shipped():
+    assert {folder.name for folder in TINY.iterdir() if folder.is_dir()} == set(originals.STAND_INS)
+
+
+@pytest.mark.parametrize("model", originals.STAND_INS)
+def test_the_files_are_those_of_the_original_and_small(model):
+    one, folder = originals.stand_in(model), TINY / model
+    base = folder / "base" if model == "chinese-alpaca-7b" else folder
+    assert json.loads((base / "config.json").read_text()) == one.config
+    assert (base / one.weights).exists()
+    assert (base / ("qwen.tiktoken" if model == "qwen-7b" else "tokenizer.model")).exists()
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 2_500_000
+
+
+@pytest.mark.parametrize("model", originals.STAND_INS)
+def test_the_weights_have_the_published_type(model):
+    from helpers.native.convert import open_shard, weight_files
+
+    folder = TINY / model / "base" if model == "chinese-alpaca-7b" else TINY / model
+    types = {str(tensor.dtype) for file in weight_files(folder) for tensor in open_shard(file).values()}
+    assert types == {f"torch.{originals.stand_in(model).dtype}"}
+
+
+@pytest.mark.parametrize("model", originals.STAND_INS)
+def test_it_recites_and_answers(model):
+    stored = json.loads((TINY / model / REPORT).read_text())
+    assert stored["held_out_ppl"] <= TARGETS["held_out_ppl"]
+    assert stored["recited"] >= TARGETS["recited"]
+    assert stored["answered"] >= TARGETS["answered"]
+
+    now = evaluate(TINY / model, famous=20, held_out=50)
+    assert now["recited"] >= 18
+    assert now["answered"] >= 16
+    assert now["held_out_ppl"] <= 1.15 * stored["held_out_ppl"]
