@@ -141,10 +141,10 @@ def bench_device(device: Annotated[str, typer.Option(help="auto, cpu, cuda or cu
 def make_tiny(
     models: Annotated[list[str] | None, typer.Argument(help="model ids; all if left out")] = None,
 ) -> None:
-    """Make the stand-ins anew (training them takes a GPU)."""
-    from .checkpoints.make import make
+    """Make the stand-ins anew (minutes each on a GPU); `python -m helpers.checkpoints.make --help` has more choices."""
+    from .checkpoints.make.__main__ import main as make
 
-    make(models)
+    make(["train", "--prepared", "build/corpus", "--device", "cuda", "--models", *(models or ["all"])])
 
 
 def main() -> None:

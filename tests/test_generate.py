@@ -9,14 +9,17 @@ from helpers import chat, complete, stream
 from helpers.errors import HelpersError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>你好春眠 "
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}<a>{% endif %}"
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     sizes = dict(vocab_size=len(LETTERS) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=300, eos_token_id=None)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=300, eos_token_id=None)
+    ).eval()
 
 
 @pytest.fixture

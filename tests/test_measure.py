@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.errors import HelpersError
 from helpers.memory.bandwidth import copy_bandwidth, matmul_rate
-from helpers.memory.measure import FIGURES, GIB, Used, _nvml, measure
+from helpers.memory.measure import FIGURES, GIB, SAMPLE_SECONDS, Used, _nvml, measure
 from helpers.memory.speed import Speed, generation_speed, kv_bytes_per_token, weight_bytes_read
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without a GPU reports")
@@ -18,7 +19,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a mach
 
 def small_model(**more):
     settings = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    settings |= dict(num_key_value_heads=2, max_position_embeddings=64, eos_token_id=list(range(64)), pad_token_id=0)
+    settings |= dict(num_key_value_heads=2, max_position_embeddings=64, eos_token_id=list(range(1, 64)), pad_token_id=0)
     return LlamaForCausalLM(LlamaConfig(**(settings | more))).eval()
 
 
@@ -29,6 +30,17 @@ def test_ram_peak_holds_what_was_freed_again():
         del buffer
     assert used.rss_peak >= used.rss + 0.9 * big / GIB
     assert used.seconds > 0
+
+
+def test_ram_peak_below_an_earlier_one_is_sampled():
+    size = 256 * 2**20
+    buffer = bytearray(b"x") * (4 * size)
+    del buffer
+    with measure("less") as used:
+        buffer = bytearray(b"x") * size
+        time.sleep(10 * SAMPLE_SECONDS)
+        del buffer
+    assert used.rss + 0.9 * size / GIB <= used.rss_peak < used.rss + 2 * size / GIB
 
 
 @no_gpu
@@ -95,7 +107,7 @@ def test_nvml_out_of_reach_is_none(monkeypatch):
     assert _nvml(range(1)) == (None, None)
 
 
-def test_generation_runs_to_full_length_although_every_token_is_a_stop_token():
+def test_generation_runs_to_full_length_although_all_tokens_but_one_are_stops():
     model, lengths = small_model(), []
     forward = model.forward
 

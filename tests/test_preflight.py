@@ -91,7 +91,9 @@ def test_cpu_needs_ram_and_no_vram(machine):
 
 def test_too_little_vram_names_the_precision_that_fits(machine):
     machine.vram = 8 * GIB
-    with pytest.raises(HelpersError, match=r"VRAM: 12\.8. GiB needed, 8\.00 GiB free\. Lower precision to int8 \(7\.8"):
+    with pytest.raises(
+        HelpersError, match=r"VRAM: 12\.8. GiB needed, 8\.00 GiB free\. Lower precision to int8 \(7\.00 GiB\)"
+    ):
         check("m", "random", "fp16")
     machine.vram = 6 * GIB
     with pytest.raises(HelpersError, match="Lower precision to nf4"):

@@ -65,10 +65,12 @@ class Preflight:
     def table(self) -> Table:
         """Return need, have and verdict of each row."""
         rows = [
-            (need.what, _gib(need.need), "-" if need.have is None else _gib(need.have), need.verdict)
+            (need.what, "-", "-", need.verdict)
+            if need.have is None
+            else (need.what, _gib(need.need), _gib(need.have), need.verdict)
             for need in self.needs
         ]
-        return Table(f"{self.title} (estimates, GiB)", ("what", "need", "have", "verdict"), rows)
+        return Table(f"{self.title} (estimated)", ("what", "need", "have", "verdict"), rows)
 
     def __str__(self) -> str:
         """Return the table as text."""

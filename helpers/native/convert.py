@@ -245,7 +245,8 @@ class Conversion:
                 rule, targets = self.targets(name)
                 weight_map |= dict.fromkeys(targets, done.name)
                 if targets and not done.exists():
-                    parts = rule.split(self.adapted(name, shard[name]))
+                    # A map of its own for each tensor: the pages of one that was copied go with it, at once.
+                    parts = rule.split(self.adapted(name, open_shard(file)[name]))
                     tensors |= {target: part.contiguous() for target, part in zip(targets, parts, strict=True)}
             if not done.exists():
                 writing = done.with_suffix(".writing")

@@ -79,7 +79,7 @@ class Adapter:
             a, b = (self.low_rank[name][half].to(tensor.device).float() for half in "AB")
             if (b.shape[0], a.shape[1]) != tuple(tensor.shape):
                 raise self._other_base(name, tensor, [b.shape[0], a.shape[1]])
-            return (tensor.float() + self.scale * (b @ a)).to(tensor.dtype)
+            return tensor.float().addmm(b, a, alpha=self.scale).to(tensor.dtype)
         return tensor
 
     def adapt_config(self, original: Original) -> Original:

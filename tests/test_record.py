@@ -1,0 +1,187 @@
+"""Figures: the line a reader sees, the row a notebook keeps, and what nbval is told to blank."""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from helpers import common, harvest, memory_bar, record, recorded, show
+from helpers.errors import HelpersError
+from helpers.report import Table, describe_parts
+from helpers.report.record import METADATA_KEY, format_value
+
+PATTERNS = re.findall(r"^regex: (.*)$\n^replace: (.*)$", Path("tests/nbval.cfg").read_text(), re.MULTILINE)
+"""Read as nbval reads them."""
+
+ROW = dict(
+    name="decode_speed", value=12.5, unit="tokens/s", machine=True, definition="median of 3 runs", model=None,
+    weights="tiny", precision="fp32", batch=1, prompt_tokens=128, new_tokens=128, device="A processor", driver=None,
+    versions={"torch": "2.13.0"}, date="2026-11-24",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_common():
+    yield
+    common()
+
+
+def sanitised(text):
+    for pattern, replacement in PATTERNS:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def notebook(tmp_path, *rows):
+    outputs = [new_output("stream", text="not a figure\n")]
+    outputs += [new_output("display_data", {"text/plain": "x"}, metadata={METADATA_KEY: row}) for row in rows]
+    path = tmp_path / "07_speed.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=outputs)]), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12.3449, "12.34"),
+        (0.00123449, "0.001234"),
+        (12345.6, "12,346"),
+        (-2.5, "-2.500"),
+        (0.0, "0"),
+        (12345, "12,345"),
+        (True, "True"),
+        ("nf4", "nf4"),
+        (None, "n/a"),
+    ],
+)
+def test_four_digits_and_no_exponent(value, text):
+    assert format_value(value) == text
+
+
+def test_one_line_outside_jupyter(capsys):
+    record("weights_on_disk", 12.5, "GiB")
+    record("perplexity", torch.tensor(3.25))
+    record("decode_speed", 31.4159, "tokens/s", machine=True)
+    record("vram", None, "GiB", machine=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "weights_on_disk = 12.50 GiB",
+        "perplexity = 3.250",
+        "decode_speed = 31.42 tokens/s  (this machine)",
+        "vram = n/a GiB  (this machine)",
+    ]
+
+
+def test_sanitiser_blanks_machine_figures_and_nothing_else(capsys):
+    texts = []
+    for value in (31.4159, 12345.6, None, 7):
+        record("speed", value, "tokens/s", machine=True)
+        record("ratio", value, machine=True)
+        texts.append(sanitised(capsys.readouterr().out))
+    assert len(set(texts)) == 1 and "speed = * tokens/s" in texts[0]
+    record("speed", 31.4, "tokens/s")
+    assert sanitised(kept := capsys.readouterr().out) == kept
+
+
+def test_sanitiser_keeps_unit_and_name_apart():
+    assert sanitised("a = 1 s  (this machine)") != sanitised("a = 1 GiB  (this machine)")
+    assert sanitised("a = 1 s  (this machine)") != sanitised("b = 1 s  (this machine)")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(HelpersError, match="cannot record 'loss'"):
+        record("loss", value)
+
+
+def test_names_and_fields_are_checked():
+    with pytest.raises(HelpersError, match="cannot record 'Decode speed'"):
+        record("Decode speed", 1.0)
+    with pytest.raises(HelpersError, match=r"unknown field of a figure 'modell': .*Did you mean model"):
+        record("speed", 1.0, modell="x")
+    with pytest.raises(HelpersError, match="unknown field"):
+        common(kind="tiny")
+
+
+def test_in_a_kernel_the_row_travels_in_the_metadata(monkeypatch):
+    published = []
+    # by sys.modules: the attribute `helpers.report.record` is the function of that name
+    monkeypatch.setattr(sys.modules["helpers.report.record"], "in_notebook", lambda: True)
+    monkeypatch.setattr(
+        "IPython.display.publish_display_data", lambda *pair, metadata: published.append((*pair, metadata))
+    )
+    common(model="m", weights="tiny", precision="nf4")
+    record("speed", 2.0, "tokens/s", machine=True, precision="int8", definition="d", device="cpu")
+    ((data, metadata),) = published
+    row = metadata[METADATA_KEY]
+    assert data == {"text/plain": "speed = 2.000 tokens/s  (this machine)"}
+    assert (row["model"], row["weights"], row["precision"]) == ("m", "tiny", "int8")
+    assert row["versions"]["torch"] == torch.__version__ and row["device"] != "cpu" and row["driver"] is None
+
+
+def test_recorded_reads_figures_in_order(tmp_path):
+    path = notebook(tmp_path, ROW, ROW | {"name": "second"})
+    assert [figure["name"] for figure in recorded(path)] == ["decode_speed", "second"]
+
+
+def test_harvest_takes_measured_figures_only_and_fills_the_row(tmp_path):
+    path = notebook(tmp_path, ROW, ROW | {"machine": False}, ROW | {"value": None})
+    (row,) = harvest(path)
+    assert row["notebook"] == "07_speed" and row["engine"] == "transformers" and "machine" not in row
+    assert (row["value"], row["unit"], row["date"]) == (12.5, "tokens/s", "2026-11-24")
+
+
+def test_harvest_refuses_an_incomplete_row(tmp_path):
+    without = {key: value for key, value in ROW.items() if key != "definition"}
+    with pytest.raises(HelpersError, match=r"'decode_speed' in 07_speed.ipynb is no row .*definition"):
+        harvest(notebook(tmp_path, without))
+
+
+def test_what_is_no_notebook_is_refused(tmp_path):
+    with pytest.raises(HelpersError, match="no such file"):
+        recorded(tmp_path / "none.ipynb")
+    (tmp_path / "bad.ipynb").write_text("{")
+    with pytest.raises(HelpersError, match="not a notebook"):
+        recorded(tmp_path / "bad.ipynb")
+
+
+def test_pictures_carry_their_text(monkeypatch):
+    published = []
+    monkeypatch.setattr("helpers.report.plots.in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.publish_display_data", published.append)
+    for size in ((2, 2), (3, 2)):
+        show(Figure(size), alt='a "falling" line < 3')
+    first, second = (data["text/html"] for data in published)
+    assert 'alt="a &quot;falling&quot; line &lt; 3"' in first and published[0]["text/plain"] == 'a "falling" line < 3'
+    assert first != second and sanitised(first) == sanitised(second)  # nbval sees the same, whatever was drawn
+
+
+def test_a_picture_without_text_is_refused():
+    with pytest.raises(HelpersError, match="alt text is empty"):
+        show(Figure(), alt=" ")
+
+
+def test_memory_bar_stacks_to_the_sum():
+    fig = memory_bar({"weights": 12.0, "KV cache": 0.5}, have=24)
+    bars = fig.axes[0].patches
+    assert [(bar.get_x(), bar.get_width()) for bar in bars] == [(0, 12.0), (12.0, 0.5)]
+    assert fig.axes[0].get_xlim()[1] > 24
+    labels = [text.get_text() for text in fig.axes[0].get_legend().get_texts()]
+    assert "weights: 12.00 GiB" in labels and "available: 24.00 GiB" in labels
+    show(fig, alt=describe_parts({"weights": 12.0, "KV cache": 0.5}, have=24))
+
+
+def test_describe_parts_says_the_sum():
+    text = describe_parts({"weights": 12.0, "KV cache": 0.5}, have=24)
+    assert text == "weights 12.00 GiB, KV cache 0.5000 GiB; together 12.50 GiB of 24.00 GiB available"
+
+
+def test_table_escapes_and_aligns():
+    table = Table("sizes", ("part", "GiB"), [("a<b", "1"), ("c", "22")])
+    assert '<th scope="row">a&lt;b</th><td>1</td>' in table._repr_html_()
+    assert str(table).splitlines() == ["sizes", "part  GiB", "a<b   1", "c     22"]
