@@ -15,15 +15,15 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from .checkpoints import load
     from .errors import HelpersError
     from .generate import chat, complete, stream
-    from .memory import measure, preflight
-    from .report import common, harvest, memory_bar, record, recorded, show, style
+    from .memory import free, generation_speed, measure, memory_parts, preflight
+    from .report import common, describe_parts, memory_bar, record, show, style, versions
 
 _MODULES = {
     "load": ".checkpoints",
     "HelpersError": ".errors",
     **dict.fromkeys(["chat", "complete", "stream"], ".generate"),
-    **dict.fromkeys(["measure", "preflight"], ".memory"),
-    **dict.fromkeys(["common", "harvest", "memory_bar", "record", "recorded", "show", "style"], ".report"),
+    **dict.fromkeys(["free", "generation_speed", "measure", "memory_parts", "preflight"], ".memory"),
+    **dict.fromkeys(["common", "describe_parts", "memory_bar", "record", "show", "style", "versions"], ".report"),
 }
 
 __all__ = [
@@ -32,16 +32,19 @@ __all__ = [
     "chat",
     "common",
     "complete",
-    "harvest",
+    "describe_parts",
+    "free",
+    "generation_speed",
     "load",
     "measure",
     "memory_bar",
+    "memory_parts",
     "preflight",
     "record",
-    "recorded",
     "show",
     "stream",
     "style",
+    "versions",
 ]
 
 

@@ -111,6 +111,27 @@ def run(
         raise typer.Exit(1)
 
 
+@app.command("measure")
+def measure_models(
+    models: Annotated[list[str], typer.Argument(help="model ids, as `list` shows them")],
+    precision: Annotated[list[str] | None, typer.Option(help="may be repeated; auto if left out")] = None,
+    output: Annotated[Path, typer.Option(help="JSON lines to add to; points it holds are skipped")] = Path(
+        "build/measured.jsonl"
+    ),
+    weights: Annotated[str, typer.Option(help="tiny, random, hub or a folder")] = "random",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 128,
+) -> None:
+    """Measure memory and speed of models x precisions; goes on where it was stopped."""
+    from .memory.matrix import measure_matrix
+
+    lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    measure_matrix(models, precision or ["auto"], output, weights=weights, device=device, batch=batch, **lengths)
+
+
 @app.command()
 def harvest(
     notebooks: Annotated[list[Path], typer.Argument(help="executed notebooks, e.g. build/*.ipynb")],

@@ -68,4 +68,5 @@ def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     mask = prompt["attention_mask"].to(model.device)
     with torch.inference_mode():
         output = model.generate(input_ids=ids, attention_mask=mask, **settings)
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    # Some models begin or end an answer with a line break of their format (ChatGLM3, Llama2-Chinese).
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()

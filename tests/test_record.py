@@ -11,9 +11,9 @@ import torch
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from helpers import common, harvest, memory_bar, record, recorded, show
+from helpers import common, memory_bar, record, show
 from helpers.errors import HelpersError
-from helpers.report import Table, describe_parts
+from helpers.report import Table, describe_parts, harvest, recorded
 from helpers.report.record import METADATA_KEY, format_value
 
 PATTERNS = re.findall(r"^regex: (.*)$\n^replace: (.*)$", Path("tests/nbval.cfg").read_text(), re.MULTILINE)
@@ -138,7 +138,7 @@ def test_harvest_takes_measured_figures_only_and_fills_the_row(tmp_path):
 
 def test_harvest_refuses_an_incomplete_row(tmp_path):
     without = {key: value for key, value in ROW.items() if key != "definition"}
-    with pytest.raises(HelpersError, match=r"'decode_speed' in 07_speed.ipynb is no row .*definition"):
+    with pytest.raises(HelpersError, match=r"'decode_speed' in 07_speed is no row .*definition"):
         harvest(notebook(tmp_path, without))
 
 

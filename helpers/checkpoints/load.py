@@ -38,8 +38,12 @@ def load(
         HelpersError: an unknown name (the valid ones are listed), no such device, a type that the card lacks, no
             stand-in of this model, or whatever fetching and converting found wrong.
     """
+    import logging
+
     import transformers
 
+    # On a CPU it warns at every matrix product that int8 computes in fp16, and of an optional kernel it does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     row = catalog.model(model)
     check_names(weights, precision)
     device = pick_device(device)

@@ -1,6 +1,19 @@
-"""How much memory and time a step took (measure), and whether a run will fit (preflight)."""
+"""How much memory and time a step took (measure, speed), and whether a run will fit (preflight)."""
 
-from .measure import Used, measure
+from .bandwidth import copy_bandwidth, matmul_rate
+from .measure import Used, free, measure, memory_parts
 from .preflight import Preflight, preflight
+from .speed import Speed, generation_speed
 
-__all__ = ["Preflight", "Used", "measure", "preflight"]
+__all__ = [
+    "Preflight",
+    "Speed",
+    "Used",
+    "copy_bandwidth",
+    "free",
+    "generation_speed",
+    "matmul_rate",
+    "measure",
+    "memory_parts",
+    "preflight",
+]

@@ -14,10 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..report.record import format_value, record
 from ..report.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GIB = 2**30
 SAMPLE_SECONDS = 0.02
@@ -73,11 +76,14 @@ class Used:
         ]
         return Table(f"Used by: {self.label}", ("figure", "value", "definition"), rows)
 
-    def record(self, prefix: str = "", **about: Any) -> None:
-        """Record every figure as ``<prefix>_<figure>``, or by its bare name; ``about`` as for ``record``."""
-        for name, (unit, definition) in FIGURES.items():
-            whole = f"{prefix}_{name}" if prefix else name
-            record(whole, getattr(self, name), unit, machine=True, **({"definition": definition} | about))
+    def record(self, prefix: str = "", **about: Any) -> list[dict[str, Any]]:
+        """Record every known figure as ``<prefix>_<figure>``, or by its bare name; ``about`` as for ``record``."""
+        prefix = f"{prefix}_" if prefix else ""
+        return [
+            record(prefix + name, getattr(self, name), unit, machine=True, **({"definition": definition} | about))
+            for name, (unit, definition) in FIGURES.items()
+            if getattr(self, name) is not None
+        ]
 
 
 @contextmanager
@@ -116,6 +122,36 @@ def measure(label: str) -> Iterator[Used]:
             used.allocated_peak = sum(map(torch.cuda.max_memory_allocated, cards)) / GIB
             used.reserved_peak = sum(map(torch.cuda.max_memory_reserved, cards)) / GIB
             used.nvml_process, used.nvml_device = _nvml(cards)
+
+
+def memory_parts(model: PreTrainedModel, used: Used, tokens: int, batch: int = 1) -> dict[str, float]:
+    """Split the peak of a measured block into weights, KV cache and everything else, in GiB, for ``memory_bar``.
+
+    On a GPU the rest is activations and working space; on a CPU, where the peak is the process's RAM, it is mostly
+    Python and its libraries.
+
+    Args:
+        model: the model that ran; quantised weights count at their packed size.
+        used: what ``measure`` filled.
+        tokens: prompt and answer of one sequence.
+        batch: sequences at once.
+    """
+    from .speed import kv_bytes_per_token
+
+    weights = model.get_memory_footprint() / GIB
+    cache = batch * tokens * kv_bytes_per_token(model) / GIB
+    return {"weights": weights, "KV cache": cache, "rest of the peak": max(0.0, (used.peak or 0) - weights - cache)}
+
+
+def free() -> None:
+    """Give memory back after ``del model``: collect cycles, and return PyTorch's cached VRAM to the driver."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class _RamPeak:

@@ -61,18 +61,21 @@ class Speed:
         """
         return self.bytes_per_step / self.tpot_s / (bandwidth_gb_s * 1e9)
 
-    def record(self, prefix: str = "", **about: Any) -> None:
+    def record(self, prefix: str = "", **about: Any) -> list[dict[str, Any]]:
         """Record the four figures with batch and lengths; ``about`` as for ``helpers.report.record``."""
         prefix = f"{prefix}_" if prefix else ""
         about = {"batch": self.batch, "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens} | about
         median = f"median of {REPEATS} runs after a warm-up"
-        for name, value, unit, definition in (
+        figures = (
             ("prefill_speed", self.prefill_tokens_per_s, "tokens/s", "prompt tokens by one forward pass"),
             ("decode_speed", self.decode_tokens_per_s, "tokens/s", "new tokens after the first, by generate, greedy"),
             ("ttft", self.ttft_s, "s", "time to first token: generate of one token"),
             ("tpot", self.tpot_s, "s", "time per output token after the first, greedy"),
-        ):
+        )
+        return [
             record(prefix + name, value, unit, machine=True, **({"definition": f"{definition}; {median}"} | about))
+            for name, value, unit, definition in figures
+        ]
 
 
 def generation_speed(model: PreTrainedModel, prompt_tokens: int = 128, new_tokens: int = 128, batch: int = 1) -> Speed:

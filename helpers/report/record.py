@@ -6,6 +6,7 @@ that keeps notebooks keeps and which nbval does not compare.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import re
@@ -28,11 +29,14 @@ LIBRARIES = ["torch", "transformers", "bitsandbytes", "gptqmodel", "vllm"]
 _common: dict[str, Any] = {}
 
 
-def common(**about: Any) -> None:
+def common(**about: Any) -> dict[str, Any]:
     """State once what the figures that follow are about: ``common(model=model, weights=weights, precision=precision)``.
 
     A second call replaces what the first one said. With a model, a precision ``"auto"`` is written down as what
     ``load`` makes of it here.
+
+    Returns:
+        What holds from now on.
 
     Raises:
         HelpersError: a name that is not in ``ABOUT``, or an unknown model or device.
@@ -42,10 +46,13 @@ def common(**about: Any) -> None:
         about["precision"] = _what_auto_means(about["model"], about.get("device", "auto"))
     _common.clear()
     _common.update(about)
+    return about
 
 
-def record(name: str, value: float | str | None, unit: str = "", machine: bool = False, **about: Any) -> None:
-    """Print a key figure as ``name = 12.34 GiB`` and keep it in the notebook's output.
+def record(
+    name: str, value: float | str | None, unit: str = "", machine: bool = False, **about: Any
+) -> dict[str, Any]:
+    """Print a key figure as ``name = 12.34 GiB``, keep it in the notebook's output, and return it.
 
     Args:
         name: what was measured in small letters, digits and underscores, e.g. ``"decode_speed"``.
@@ -67,13 +74,15 @@ def record(name: str, value: float | str | None, unit: str = "", machine: bool =
     if isinstance(value, float) and not math.isfinite(value):
         raise HelpersError(f"cannot record {name!r}", f"its value is {value}", "look at the cell that computed it")
     line = f"{name} = {format_value(value)} {unit}".rstrip() + ("  (this machine)" if machine else "")
-    if not in_notebook():
-        print(line)
-        return
-    from IPython.display import publish_display_data
-
     row = {"name": name, "value": value, "unit": unit, "machine": machine, **_common, **about}
-    publish_display_data({"text/plain": line}, metadata={METADATA_KEY: row | _circumstances(row)})
+    row |= _circumstances(row)
+    if in_notebook():
+        from IPython.display import publish_display_data
+
+        publish_display_data({"text/plain": line}, metadata={METADATA_KEY: row})
+    else:
+        print(line)
+    return row
 
 
 def recorded(path: Path | str) -> list[dict[str, Any]]:
@@ -105,27 +114,32 @@ def harvest(path: Path | str) -> list[dict[str, Any]]:
     Raises:
         HelpersError: as ``recorded``; or a figure is no complete row, naming the field.
     """
+    figures = [figure for figure in recorded(path) if figure["machine"] and figure["value"] is not None]
+    return [measured_row(figure, Path(path).stem) for figure in figures]
+
+
+def measured_row(figure: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return a recorded figure as a row of the catalogue's measured tables; ``source`` is what measures it again.
+
+    Raises:
+        HelpersError: it is no complete row, naming the field.
+    """
     from pydantic import ValidationError
 
     from ..catalog.measured import MeasuredRow
     from ..catalog.read import reason
 
-    rows = []
-    for figure in recorded(path):
-        if not figure["machine"] or figure["value"] is None:
-            continue
-        fields = dict.fromkeys(MeasuredRow.model_fields) | {"engine": "transformers", "notebook": Path(path).stem}
-        fields |= {key: value for key, value in figure.items() if key in fields}
-        try:
-            rows.append(MeasuredRow.model_validate(fields).model_dump(mode="json"))
-        except ValidationError as error:
-            field, why = reason(error)
-            raise HelpersError(
-                f"{figure['name']!r} in {Path(path).name} is no row of a measured table",
-                f"{field}: {why}",
-                "say it with record(...) or common(...) and run the notebook again",
-            ) from None
-    return rows
+    fields = dict.fromkeys(MeasuredRow.model_fields) | {"engine": "transformers", "notebook": source}
+    fields |= {key: value for key, value in figure.items() if key in fields}
+    try:
+        return MeasuredRow.model_validate(fields).model_dump(mode="json")
+    except ValidationError as error:
+        field, why = reason(error)
+        raise HelpersError(
+            f"{figure['name']!r} in {source} is no row of a measured table",
+            f"{field}: {why}",
+            "say it with record(...) or common(...) and run it again",
+        ) from None
 
 
 def format_value(value: float | str | None) -> str:
@@ -147,6 +161,18 @@ def in_notebook() -> bool:
     from IPython import get_ipython
 
     return hasattr(get_ipython(), "kernel")
+
+
+def versions() -> None:
+    """Print the versions that a result depends on, one line; libraries that are not installed are left out."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"Python {platform.python_version()}"]
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    print(", ".join(found))
 
 
 def driver_version() -> str | None:
