@@ -15,9 +15,13 @@ SERIES = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 SERIES = [path for path in SERIES if ".ipynb_checkpoints" not in path.parts]
 
 OTHER_PARAMETERS = {
+    "00": {"model": "chatglm3-6b", "tokens": 8192},
     "01": {"model": "chatglm2-6b", "precision": "int8"},
-    "02": {"model": "baichuan-7b", "precision": "nf4"},
-    "03": {"model": "internlm2-7b", "precision": "fp16"},
+    "02": {"precision": "nf4"},
+    "03": {"model": "atom-7b", "precision": "int8"},
+    "04": {"model": "baichuan-7b", "precision": "nf4"},
+    "05": {"precision": "int8"},
+    "06": {"precision": "nf4"},
 }
 """Beginning of a notebook's name -> what it must also run with, beside its defaults. Notebooks not there yet wait."""
 

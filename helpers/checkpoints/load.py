@@ -63,7 +63,8 @@ def load(
 
             config = full_config(row)
             state = random_state(config, dtype, device)
-            loaded = getattr(transformers, row.native_class).from_pretrained(None, config=config, state_dict=state, **options)
+            native_class = getattr(transformers, row.native_class)
+            loaded = native_class.from_pretrained(None, config=config, state_dict=state, **options)
             loaded.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         else:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)

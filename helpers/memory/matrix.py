@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoints.load import check_names, load
 from ..errors import HelpersError
-from ..report.record import common, measured_row, record
+from ..report.record import common, figure, format_value, measured_row
 from .measure import GIB, free, measure
 from .speed import generation_speed
 
@@ -48,11 +48,11 @@ def measure_matrix(
         check_names(weights, precision)
     points = [(model, precision) for model in models for precision in precisions]
     for number, (model, precision) in enumerate(points, start=1):
-        point = common(model=model, weights=weights, precision=precision, engine="transformers")
         about = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-        print(f"[{number}/{len(points)}] {model} {precision} batch {batch}, {prompt_tokens} + {new_tokens} tokens")
-        if _done(output, point | about):
-            print("already measured")
+        common(model=model, weights=weights, precision=precision, engine="transformers")
+        print(f"[{number}/{len(points)}] {model} {precision}: ", end="", flush=True)
+        if _done(output, about):
+            print("measured already")
             continue
         try:
             figures = _measure_point(model, weights, precision, device, about)
@@ -61,13 +61,15 @@ def measure_matrix(
             free()
             continue
         with output.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(measured_row(figure, SOURCE), ensure_ascii=False) + "\n" for figure in figures)
+            file.writelines(json.dumps(measured_row(one, SOURCE), ensure_ascii=False) + "\n" for one in figures)
+        shown = [one for one in figures if one["name"] in ("weights", "allocated_peak", "decode_speed")]
+        print(", ".join(f"{one['name']} {format_value(one['value'])} {one['unit']}" for one in shown))
 
 
 def _measure_point(
     model: str, weights: str, precision: str, device: str, about: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Load one model, time it, and free it again; return the recorded figures."""
+    """Load one model, time it, and free it again; return the figures."""
     with measure("load") as loading:
         lm, _ = load(model, weights, precision, device)
     with measure("generate") as generating:
@@ -75,17 +77,19 @@ def _measure_point(
     size = lm.get_memory_footprint() / GIB
     what = "bytes of all parameters and buffers as loaded, quantised ones packed"
     figures = [
-        record("weights", size, "GiB", machine=True, definition=what),
-        *(row for row in loading.record("load") if row["name"] in ("load_seconds", "load_allocated_peak")),
-        *(row for row in generating.record(**about) if row["name"] != "seconds"),
-        *speed.record(),
+        figure("weights", size, "GiB", machine=True, definition=what),
+        *(figure(**one) for one in loading.figures("load") if one["name"] in ("load_seconds", "load_allocated_peak")),
+        *(figure(**(one | about)) for one in generating.figures() if one["name"] != "seconds"),
+        *(figure(**one) for one in speed.figures()),
     ]
     del lm
     free()
     return figures
 
 
-def _done(output: Path, point: dict[str, Any]) -> bool:
+def _done(output: Path, about: dict[str, int]) -> bool:
     """Tell whether the file holds this point's time per output token, the last figure that is written."""
+    wanted = figure("tpot", 0, **about)
+    point = {key: wanted[key] for key in ("name", "model", "weights", "precision", "device", *about)}
     lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    return any((point | {"name": "tpot"}).items() <= json.loads(line).items() for line in lines if '"tpot"' in line)
+    return any(point.items() <= json.loads(line).items() for line in lines if '"tpot"' in line)

@@ -76,14 +76,25 @@ class Used:
         ]
         return Table(f"Used by: {self.label}", ("figure", "value", "definition"), rows)
 
-    def record(self, prefix: str = "", **about: Any) -> list[dict[str, Any]]:
-        """Record every known figure as ``<prefix>_<figure>``, or by its bare name; ``about`` as for ``record``."""
+    def figures(self, prefix: str = "") -> list[dict[str, Any]]:
+        """Return every figure this machine could tell, as arguments of ``record``; named ``<prefix>_<figure>``."""
         prefix = f"{prefix}_" if prefix else ""
         return [
-            record(prefix + name, getattr(self, name), unit, machine=True, **({"definition": definition} | about))
+            {
+                "name": prefix + name,
+                "value": getattr(self, name),
+                "unit": unit,
+                "definition": definition,
+                "machine": True,
+            }
             for name, (unit, definition) in FIGURES.items()
             if getattr(self, name) is not None
         ]
+
+    def record(self, prefix: str = "", **about: Any) -> None:
+        """Record the figures; ``about`` as for ``helpers.report.record``."""
+        for one in self.figures(prefix):
+            record(**(one | about))
 
 
 @contextmanager

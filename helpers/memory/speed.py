@@ -61,10 +61,10 @@ class Speed:
         """
         return self.bytes_per_step / self.tpot_s / (bandwidth_gb_s * 1e9)
 
-    def record(self, prefix: str = "", **about: Any) -> list[dict[str, Any]]:
-        """Record the four figures with batch and lengths; ``about`` as for ``helpers.report.record``."""
+    def figures(self, prefix: str = "") -> list[dict[str, Any]]:
+        """Return speeds and times with batch and lengths, as arguments of ``record``; named ``<prefix>_<figure>``."""
         prefix = f"{prefix}_" if prefix else ""
-        about = {"batch": self.batch, "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens} | about
+        about = {"batch": self.batch, "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
         median = f"median of {REPEATS} runs after a warm-up"
         figures = (
             ("prefill_speed", self.prefill_tokens_per_s, "tokens/s", "prompt tokens by one forward pass"),
@@ -73,9 +73,15 @@ class Speed:
             ("tpot", self.tpot_s, "s", "time per output token after the first, greedy"),
         )
         return [
-            record(prefix + name, value, unit, machine=True, **({"definition": f"{definition}; {median}"} | about))
-            for name, value, unit, definition in figures
+            {"name": prefix + name, "value": value, "unit": unit, "definition": f"{what}; {median}", "machine": True}
+            | about
+            for name, value, unit, what in figures
         ]
+
+    def record(self, prefix: str = "", **about: Any) -> None:
+        """Record the figures; ``about`` as for ``helpers.report.record``."""
+        for one in self.figures(prefix):
+            record(**(one | about))
 
 
 def generation_speed(model: PreTrainedModel, prompt_tokens: int = 128, new_tokens: int = 128, batch: int = 1) -> Speed:

@@ -29,14 +29,11 @@ LIBRARIES = ["torch", "transformers", "bitsandbytes", "gptqmodel", "vllm"]
 _common: dict[str, Any] = {}
 
 
-def common(**about: Any) -> dict[str, Any]:
+def common(**about: Any) -> None:
     """State once what the figures that follow are about: ``common(model=model, weights=weights, precision=precision)``.
 
     A second call replaces what the first one said. With a model, a precision ``"auto"`` is written down as what
     ``load`` makes of it here.
-
-    Returns:
-        What holds from now on.
 
     Raises:
         HelpersError: a name that is not in ``ABOUT``, or an unknown model or device.
@@ -46,13 +43,10 @@ def common(**about: Any) -> dict[str, Any]:
         about["precision"] = _what_auto_means(about["model"], about.get("device", "auto"))
     _common.clear()
     _common.update(about)
-    return about
 
 
-def record(
-    name: str, value: float | str | None, unit: str = "", machine: bool = False, **about: Any
-) -> dict[str, Any]:
-    """Print a key figure as ``name = 12.34 GiB``, keep it in the notebook's output, and return it.
+def record(name: str, value: float | str | None, unit: str = "", machine: bool = False, **about: Any) -> None:
+    """Print a key figure as ``name = 12.34 GiB`` and keep it in the notebook's output.
 
     Args:
         name: what was measured in small letters, digits and underscores, e.g. ``"decode_speed"``.
@@ -66,6 +60,18 @@ def record(
     Raises:
         HelpersError: the name is not of that form, the value is not finite, or ``about`` holds an unknown name.
     """
+    row = figure(name, value, unit, machine, **about)
+    line = f"{name} = {format_value(row['value'])} {unit}".rstrip() + ("  (this machine)" if machine else "")
+    if not in_notebook():
+        print(line)
+        return
+    from IPython.display import publish_display_data
+
+    publish_display_data({"text/plain": line}, metadata={METADATA_KEY: row})
+
+
+def figure(name: str, value: float | str | None, unit: str = "", machine: bool = False, **about: Any) -> dict[str, Any]:
+    """Return a figure as data, with what ``common`` said and where it was taken; arguments and errors as ``record``."""
     _check(about)
     if not NAME.fullmatch(name):
         why = "tables are looked up by names of small letters, digits and underscores"
@@ -73,16 +79,8 @@ def record(
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and not math.isfinite(value):
         raise HelpersError(f"cannot record {name!r}", f"its value is {value}", "look at the cell that computed it")
-    line = f"{name} = {format_value(value)} {unit}".rstrip() + ("  (this machine)" if machine else "")
     row = {"name": name, "value": value, "unit": unit, "machine": machine, **_common, **about}
-    row |= _circumstances(row)
-    if in_notebook():
-        from IPython.display import publish_display_data
-
-        publish_display_data({"text/plain": line}, metadata={METADATA_KEY: row})
-    else:
-        print(line)
-    return row
+    return row | _circumstances(row)
 
 
 def recorded(path: Path | str) -> list[dict[str, Any]]:

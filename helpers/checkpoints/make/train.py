@@ -218,7 +218,7 @@ class Run:
         return AutoModelForCausalLM.from_config(native, dtype=torch.float32).to(self.device)
 
     def taught(self, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-        """Encode the famous poems: three times as they are, which is harder to learn than the questions, once for each."""
+        """Encode the famous poems: thrice as they are, which is harder to learn, and once for each question."""
         plain = plain_documents(tokenizer, self.famous)
         return 3 * plain + chat_documents(tokenizer, self.famous, self.one.chat_format)
 
