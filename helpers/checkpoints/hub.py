@@ -55,13 +55,14 @@ def fetch(model: str, source: Source = "huggingface", revision: str | None = Non
     folder = cache_folder() / "hub" / source / model
     if _complete(folder, revision):
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    from httpx import HTTPError
+
     try:
         download = _from_huggingface if source == "huggingface" else _from_modelscope
         pinned = download(repository, revision or _pin(row, source), folder)
     except HelpersError:
         raise
-    except OSError as error:  # huggingface_hub's, requests' and the disk's errors all are
+    except (OSError, HTTPError) as error:  # the disk's and huggingface_hub's own; the network's as httpx raises them
         raise _explain(model, source, repository, error) from None
     names = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
     receipt = {"repository": repository, "revision": pinned, "date": date.today().isoformat(), "files": names}
@@ -108,7 +109,7 @@ def _from_modelscope(repository: str, revision: str | None, folder: Path) -> str
     return revision
 
 
-def _explain(model: str, source: Source, repository: str, error: OSError) -> HelpersError:
+def _explain(model: str, source: Source, repository: str, error: Exception) -> HelpersError:
     """Turn what the hub's library raised into cause and remedy."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

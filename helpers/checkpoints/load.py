@@ -102,6 +102,13 @@ def native_folder(model: str, weights: str = "tiny") -> Path:
                 f"no stand-in of {model}", "none is shipped for this model", f"take one of {', '.join(stand_ins())}"
             )
         target = cache_folder() / "native" / "tiny" / model
+    elif weights == "hub" and row.adapters:
+        adapters = ", then ".join(step.repository for step in row.adapters.steps)
+        raise HelpersError(
+            f"cannot load {model} from a hub",
+            f"only its adapter is published; its base is {row.adapters.base}, under terms of its own",
+            f"put the base into DIR/base and {adapters} into DIR/lora, and pass weights='DIR'",
+        )
     elif weights == "hub":
         source, target = fetch(model), cache_folder() / "native" / "hub" / model
     else:
