@@ -9,6 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export JUPYTER_PREFER_ENV_PATH ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
+MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup run test lab notebooks lint format lock clean
 
