@@ -225,8 +225,9 @@ def set_up(name: str, stamp: str) -> None:
     run("cannot install the packages", again, *install, "-r", lock, env=env)
 
     step("checking")
-    paths = run("cannot ask .venv", again, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-    (Path(paths.strip()) / "llm_deploy_action.pth").write_text(f"{ROOT}\n", encoding="utf-8")
+    # This repository itself, in place: notebooks find helpers, and vLLM the plugin that pyproject.toml names.
+    itself = [VENV / "bin" / "uv", "pip", "install", "--python", python, "--no-deps", "--no-build-isolation"]
+    run("cannot install helpers", again, *itself, "--editable", ROOT, env=env)
     # Written with .venv's own interpreter, so that "python3" in JupyterLab and papermill is this environment.
     run("cannot add the kernel", again, python, "-m", "ipykernel", "install", "--sys-prefix", "--name", "python3")
     # -I: not from the current folder, but as installed.

@@ -10,6 +10,7 @@ from reference import llama
 from reference.checking import compare, load, random_weights, sample_ids, write_original
 
 from helpers import native
+from helpers.checkpoints.make.vocabularies import sentencepiece
 from helpers.errors import HelpersError
 
 BASE = {
@@ -79,6 +80,7 @@ def assert_same(folder, merged):
     compare("merged", load(folder)(ids).logits, merged(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("safetensors", [True, False], ids=["adapter_model.safetensors", "adapter_model.bin"])
 @pytest.mark.parametrize(
     "more",
@@ -86,8 +88,18 @@ def assert_same(folder, merged):
         {},
         {"target_modules": ["q_proj", "v_proj"], "modules_to_save": None, "vocabulary": 160},
         {"rank": 1, "lora_alpha": 2},
+        {"target_modules": [*EVERY_MATRIX, "embed_tokens", "lm_head"], "modules_to_save": None, "vocabulary": 160},
+        {"target_modules": [*EVERY_MATRIX, "embed_tokens", "lm_head"], "modules_to_save": None},
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
     ],
-    ids=["all and embeddings", "two matrices", "rank 1"],
+    ids=[
+        "all and embeddings",
+        "two matrices",
+        "rank 1",
+        "low-rank embeddings",
+        "low-rank embeddings of a larger vocabulary",
+        "low-rank embeddings, whole head",
+    ],
 )
 def test_one_lora(tmp_path, base, more, safetensors):
     merged = tuned(plain(base), tmp_path / "lora", safetensors=safetensors, **more)
@@ -98,12 +110,104 @@ def test_one_lora(tmp_path, base, more, safetensors):
     assert change.abs().max() > 0.1, "the LoRA changes nothing here: this test sees nothing"
 
 
-def test_two_loras_in_sequence(tmp_path, base):
-    """Chinese-Alpaca-Plus is Llama, a Chinese-LLaMA-Plus LoRA, and an Alpaca LoRA whose vocabulary has one more."""
-    middle = tuned(plain(base), tmp_path / "llama-plus", vocabulary=170, seed=1)
-    merged = tuned(middle, tmp_path / "alpaca-plus", vocabulary=171, rank=8, seed=2)
-    adapters = [tmp_path / "llama-plus", tmp_path / "alpaca-plus"]
-    assert_same(native.convert(base, tmp_path / "native", adapters=adapters), merged)
+PLUS, ALPACA = 300, 301
+"""Vocabularies of the adapters in small: Chinese-Alpaca's has one token more than Chinese-LLaMA's, ``[PAD]``."""
+
+
+def write_tokenizer(folder, pieces, pad=None):
+    """Write tokenizer.model, and with ``pad`` the file that names one token more."""
+    characters = [chr(0x4E00 + i) for i in range(300)]
+    (folder / "tokenizer.model").write_bytes(sentencepiece(pieces, characters, "", dummy_prefix=True))
+    if pad:
+        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
+
+
+@pytest.fixture
+def plus(tmp_path, base):
+    """Chinese-Alpaca-Plus in small, with a tokenizer in each folder; returns the folders and peft's merged model."""
+    middle = tuned(plain(base), tmp_path / "llama-plus", vocabulary=PLUS, seed=1, safetensors=False)
+    merged = tuned(middle, tmp_path / "alpaca-plus", vocabulary=ALPACA, rank=8, seed=2, safetensors=False)
+    write_tokenizer(base, 270)  # LLaMA's own, without the new pieces: of no use to the merged model
+    write_tokenizer(tmp_path / "llama-plus", PLUS)
+    write_tokenizer(tmp_path / "alpaca-plus", PLUS, pad="[PAD]")
+    return [tmp_path / "llama-plus", tmp_path / "alpaca-plus"], merged
+
+
+def test_two_loras_in_sequence(tmp_path, base, plus):
+    """Chinese-Alpaca-Plus and -Pro: the second LoRA belongs to what the first makes of LLaMA."""
+    from transformers import AutoTokenizer
+
+    adapters, merged = plus
+    folder = native.convert(base, tmp_path / "native", adapters=adapters, chat_format="alpaca")
+    assert_same(folder, merged)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (len(tokenizer), tokenizer.pad_token_id) == (ALPACA, PLUS), "the last adapter's tokenizer"
+    assert tokenizer("一").input_ids[-1] < PLUS
+
+
+def test_the_second_of_two_without_the_first_is_another_model(tmp_path, base, plus):
+    """Shapes and vocabularies fit, so it cannot be refused: what a reader gets who forgets the first."""
+    adapters, merged = plus
+    with pytest.raises(AssertionError, match="largest difference"):
+        assert_same(native.merge_lora(base, adapters[1], tmp_path / "native"), merged)
+
+
+def test_two_loras_in_the_wrong_order_are_refused(tmp_path, base, plus):
+    adapters, _ = plus
+    with pytest.raises(HelpersError, match=f"{PLUS} tokens, .* has {ALPACA}; .*order of the adapters"):
+        native.convert(base, tmp_path / "native", adapters=adapters[::-1])
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize(("folder", "tokens"), [("base", 270), ("llama-plus", PLUS)])
+def test_a_tokenizer_from_before_the_vocabulary_grew_is_refused(tmp_path, base, plus, folder, tokens):
+    for adapter in plus[0]:
+        if adapter.name != folder:
+            (adapter / "tokenizer.model").unlink()
+    with pytest.raises(HelpersError, match=rf"tokenizer in {folder}: it has {tokens} tokens, .* embeddings for 301"):
+        native.convert(base, tmp_path / "native", adapters=plus[0])
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path, base):
+    tuned(plain(base), tmp_path / "lora", vocabulary=160, modules_to_save=None)
+    write_tokenizer(tmp_path / "lora", 270)
+    assert_refused(tmp_path, base, "tokenizer in lora: it has 270 tokens, and the model has embeddings for 160")
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_embeddings_that_grow_on_one_side_are_refused(tmp_path, base, saved):
+    from safetensors.torch import load_file, save_file
+
+    tuned(plain(base), tmp_path / "lora", modules_to_save=[saved])
+    file = tmp_path / "lora" / "adapter_model.safetensors"  # where peft notices, it saves the other side as well
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "lora_" in name or saved in name}
+    save_file(tensors, file)
+    assert_refused(tmp_path, base, "a row for each token, and .* would have 171 rows, .* 160 rows")
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["head stored as well", "head not stored"])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_embeddings_of_a_tied_base_are_refused(tmp_path, saved, stored):
+    """The base has one tensor for both; peft trains copies, and its own merge unties them without saying so."""
+    weights = random_weights(llama.shapes(BASE | {"tie_word_embeddings": not stored}))
+    untied = write_original(tmp_path / "untied", BASE, random_weights(llama.shapes(BASE)))
+    base = write_original(tmp_path / "base", BASE | {"tie_word_embeddings": True}, weights)
+    tuned(plain(untied), tmp_path / "lora", vocabulary=160, modules_to_save=saved)
+    assert_refused(tmp_path, base, "tie_word_embeddings")
+
+
+def test_a_tied_base_stays_tied_under_a_lora_of_its_layers(tmp_path):
+    tied = BASE | {"tie_word_embeddings": True}
+    base = write_original(tmp_path / "base", tied, random_weights(llama.shapes(tied)))
+    merged = tuned(plain(base), tmp_path / "lora", vocabulary=160, modules_to_save=None)
+    assert_same(native.merge_lora(base, tmp_path / "lora", tmp_path / "native"), merged)
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_one_side_replaced_without_growing(tmp_path, base, saved):
+    merged = tuned(plain(base), tmp_path / "lora", vocabulary=160, modules_to_save=[saved])
+    assert_same(native.merge_lora(base, tmp_path / "lora", tmp_path / "native"), merged)
 
 
 def test_two_loras_of_which_one_brings_embeddings(tmp_path, base):
@@ -126,7 +230,7 @@ def test_a_half_precision_base_is_merged_in_fp32(tmp_path):
 OTHERS = {
     "wider base": ({"hidden_size": 96}, r"is \[160, 64\] in the base"),
     "deeper base": ({"num_hidden_layers": 3}, "which the base does not have"),
-    "base of fewer words": ({"vocab_size": 150}, r"is \[160, 64\] in the base and \[151, 64\]"),
+    "base of fewer words": ({"vocab_size": 150}, r"it has 151 tokens, and what it is merged into has 160"),
     "few key-value heads": ({"num_key_value_heads": 1}, r"is \[64, 64\] in the base and \[16, 64\]"),
 }
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from helpers.errors import HelpersError
 from helpers.native import convert
+from helpers.native.convert import _first_line
 
 ORIGINAL = {
     "model_type": "chatglm",
@@ -106,12 +107,16 @@ def delete(name):
     return lambda folder: (folder / name).unlink()
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0123456789abcdef' * 4}\nsize 13476839488\n"
+LFS = r"cannot read {}: it is a Git LFS pointer, .*\. Run git lfs install and git lfs pull in original, or download"
 DAMAGED = r"cannot read {}: the file is truncated or damaged \(.+\)\. Download this shard again\."
 BROKEN_FILES = {
     "truncated safetensors": ({}, cut("model.safetensors"), DAMAGED.format("model.safetensors")),
     "corrupt header": ({}, text("model.safetensors", "{" * 500), DAMAGED.format("model.safetensors")),
     "empty safetensors": ({}, text("model.safetensors", ""), DAMAGED.format("model.safetensors")),
     "truncated bin": ({"suffix": "bin"}, cut("pytorch_model.bin"), DAMAGED.format("pytorch_model.bin")),
+    "pointer for safetensors": ({}, text("model.safetensors", POINTER), LFS.format("model.safetensors")),
+    "pointer for bin": ({"suffix": "bin"}, text("pytorch_model.bin", POINTER), LFS.format("pytorch_model.bin")),
     "missing shard": (
         {"shards": 3},
         delete("model-00002-of-00003.safetensors"),
@@ -163,6 +168,13 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path, original, weights, messa
 def test_a_damaged_file_is_refused(tmp_path, layout, damage, message):
     damage(write_original(tmp_path / "original", ORIGINAL, WEIGHTS, **layout))
     assert_refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("message", ["one two " * 30, "three\nlines\nlong", ""])
+def test_a_quoted_message_is_one_short_line_of_whole_words(message):
+    quoted = _first_line(RuntimeError(message)).removesuffix(" ...")
+    assert 0 < len(quoted) <= 100
+    assert set(quoted.split()) <= {*message.split(), "RuntimeError"}
 
 
 def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(tmp_path):

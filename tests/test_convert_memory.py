@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
 import torch
-from bench_convert import largest_shard, measured_conversion, synthetic
+from bench_convert import largest_shard, measured_conversion, synthetic, write_lora
 from reference import baichuan, llama
 from reference.checking import random_weights, write_original
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc/self/status")
 
@@ -45,33 +43,26 @@ def test_the_head_of_baichuan_2(tmp_path):
     assert_lean(write_original(tmp_path / "original", original, weights), tmp_path / "native")
 
 
-def test_a_lora_in_every_matrix(tmp_path):
-    """Every matrix is copied here; the pages it was read from must not stay beside the copy."""
-    original = {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-    }
-    weights = random_weights(llama.shapes(original), dtype=torch.float16)
-    folder = write_original(tmp_path / "original", original, weights, shards=2, suffix="bin")
-    adapter = write_lora(tmp_path / "lora", weights)
-    assert_lean(folder, tmp_path / "native", adapter)
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 19_000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
 
 
-def write_lora(folder, weights, rank=4):
-    """Write an adapter with a random pair for every matrix of the layers, as peft lays it out."""
-    pairs = {}
-    for name, tensor in weights.items():
-        if name.endswith("_proj.weight"):
-            module = "base_model.model." + name.removesuffix(".weight")
-            pairs[module + ".lora_A.weight"] = torch.randn(rank, tensor.shape[1], dtype=tensor.dtype)
-            pairs[module + ".lora_B.weight"] = torch.randn(tensor.shape[0], rank, dtype=tensor.dtype)
-    folder.mkdir()
-    save_file(pairs, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 8}))
-    return folder
+@pytest.mark.parametrize("vocabularies", [[None], [20_000], [20_000, 20_001]], ids=["LoRA", "Alpaca", "Alpaca-Plus"])
+def test_loras_in_every_matrix(tmp_path, vocabularies):
+    """Every matrix is copied here; the pages that it and the adapters were read from must not stay beside the copy."""
+    weights = random_weights(llama.shapes(LLAMA), dtype=torch.float16)
+    folder = write_original(tmp_path / "original", LLAMA, weights, shards=4, suffix="bin")
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    adapters = [
+        write_lora(tmp_path / f"lora-{number}", shapes, vocabulary, rank=64)
+        for number, vocabulary in enumerate(vocabularies, start=1)
+    ]
+    assert_lean(folder, tmp_path / "native", *adapters)

@@ -6,6 +6,11 @@ By hand on 2026-11-24, with files that are too large to keep here:
   difference in either direction;
 * the published tokenizer.model of Chinese-LLaMA-Alpaca-2 (55,296 pieces, 23,555 of them with the same score) against
   sentencepiece: 121 English texts equal, 592 of 654 Chinese ones equal, 205 of 26,913 tokens of these different;
+* the ice_text.model of an early ChatGLM-6B (130,000 pieces, in GitHub Jittor/JittorLLMs, models/chatglm) against
+  sentencepiece, as 150,528 and as 130,528 tokens: 2,196 Chinese and mixed texts, 1,635 pieces of code and 1,000
+  random ones equal in both directions; of 1,000 random Unicode texts 4 encoded differently, all of combining marks;
+* the published tokenizer.model of Baichuan-13B (64,000 pieces, 390 user-defined, nmt_nfkc) against sentencepiece:
+  4,704 texts, 2,000 of them random characters; different are four that spell out a special token;
 * 16 models as below with 1,000 texts each, 800 of them random: equal; 16 with a character map (nmt_nfkc): 0 to 8
   texts of each different; those looked at (30) all hold a combining mark by itself.
 """
@@ -26,7 +31,10 @@ import torch
 from transformers import AutoTokenizer, GlmConfig, LlamaConfig, Qwen2Config, TextStreamer
 
 from helpers.errors import HelpersError
-from helpers.native import tokenizers
+from helpers.native import register, tokenizers
+from helpers.native.own.chatglm1 import ChatGLM1Config
+
+register()
 
 CORPUS = [
     "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
@@ -61,6 +69,10 @@ FLAGS = {
     "user-defined pieces": {"user_defined_symbols": ["<mark>", "<m"]},
     "user-defined pieces, no prefix": {"user_defined_symbols": ["<mark>", "<m"], "add_dummy_prefix": False},
     "character map": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    "user-defined pieces that the character map would change": {
+        "normalization_rule_name": "nmt_nfkc",
+        "user_defined_symbols": ["，", "\n", "１２", "１"],
+    },
 }
 QWEN_PATTERN = "|".join(  # as tokenization_qwen.py has it, one part a line
     [
@@ -74,6 +86,7 @@ QWEN_PATTERN = "|".join(  # as tokenization_qwen.py has it, one part a line
     ]
 )
 MARKS = [f"[UNUSED_TOKEN_{number}]" for number in range(141, 147)]
+CHATGLM1_MARKS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 INTERNLM2_IDS = {"<|plugin|>": -6, "<|interpreter|>": -5, "<|action_end|>": -4, "<|action_start|>": -3}
 INTERNLM2_IDS |= {"<|im_end|>": -2, "<|im_start|>": -1}
 
@@ -106,6 +119,52 @@ def train(folder: Path, last: list[str] | None = None, **flags) -> sentencepiece
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
+class IceText:
+    """ChatGLM-6B's own tokenizer around a SentencePiece model: white space written as pieces, images before all."""
+
+    def __init__(self, model: bytes, images: int = 0):
+        self.library, self.images = sentencepiece.SentencePieceProcessor(model_proto=model), images
+
+    def get_piece_size(self):
+        return self.images + self.library.get_piece_size()
+
+    def encode(self, text):
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        for length in range(80, 1, -1):
+            text = text.replace(" " * length, f"<|blank_{length}|>")
+        return [self.images + number for number in self.library.encode(text)]
+
+    def decode(self, ids):
+        text = self.library.decode([number - self.images for number in ids])
+        for length in range(2, 81):
+            text = text.replace(f"<|blank_{length}|>", " " * length)
+        return text.replace("<n>", "\n").replace("<|tab|>", "\t")
+
+
+def train_ice(folder: Path, images: int = 0, early: bool = False, **flags) -> IceText:
+    """Train an ice_text.model of the two published forms, ending with the text's pieces or with all of them."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    flags = {"byte_fallback": False, "hard_vocab_limit": False, "required_chars": "<>|0123456789x_"} | flags
+    train(folder, model_type="unigram", user_defined_symbols=["<pad>", "<n>"], **flags)
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    (folder / "tokenizer.model").unlink()
+    model.pieces[3].type = ModelProto.SentencePiece.CONTROL
+    if early:
+        (folder / "ice_text.model").write_bytes(model.SerializeToString())
+    names = [(mark, 3) for mark in CHATGLM1_MARKS]
+    names += [("<|tab|>", 4), *((f"<|blank_{length}|>", 4) for length in range(2, 81))]
+    names += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    for name, kind in names:
+        model.pieces.add(piece=name, type=kind, score=0.0)
+    model.trainer_spec.byte_fallback = True
+    if not early:
+        (folder / "ice_text.model").write_bytes(model.SerializeToString())
+    if images != 20_000:  # what the code takes where the file says nothing
+        (folder / "tokenizer_config.json").write_text(json.dumps({"num_image_tokens": images}))
+    return IceText(model.SerializeToString(), images)
+
+
 def write_ranks(folder: Path) -> tiktoken.Encoding:
     """Write a small qwen.tiktoken, bytes and then common strings, and return Qwen's encoding of it."""
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -130,6 +189,9 @@ def built(family: str, folder: Path):
     if family == "qwen":
         write_ranks(folder)
         return tokenizers.qwen(folder, "chatml")
+    if family == "chatglm1":
+        train_ice(folder)
+        return tokenizers.chatglm1(folder, "chatglm")
     pieces = {"baichuan": ["<reserved_106>", "<reserved_107>"], "internlm2": MARKS}.get(family)
     train(folder, last=pieces)
     chat_format = {"baichuan": "baichuan2", "internlm2": "internlm2", "llama": "llama2-chinese"}.get(family, family)
@@ -138,6 +200,7 @@ def built(family: str, folder: Path):
 
 
 FAMILIES = {
+    "chatglm1": ChatGLM1Config,
     "chatglm2": GlmConfig,
     "chatglm3": GlmConfig,
     "baichuan": LlamaConfig,
@@ -200,6 +263,43 @@ def test_chatglm_encodes_each_part_between_marks_by_itself(tmp_path):
     wanted = [size + 6, *reference.encode("明月"), size + 7, *reference.encode(" the "), size + 8]
     assert tokenizer.encode(text, add_special_tokens=False) == wanted
     assert tokenizer.decode(wanted) == text
+
+
+ICE_FLAGS = {"as published": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}, "plain": {}}
+ICE_FILES = {
+    "published": {},
+    "early, images first": {"early": True, "images": 20_000},
+    "early, without images": {"early": True},
+    "whole, a few images": {"images": 7},
+}
+
+
+@pytest.mark.parametrize("flags", ICE_FLAGS.values(), ids=ICE_FLAGS.keys())
+@pytest.mark.parametrize("files", ICE_FILES.values(), ids=ICE_FILES.keys())
+def test_chatglm1_gives_the_ids_of_its_own_code(tmp_path, files, flags):
+    reference = train_ice(tmp_path, **files, **flags)
+    size = reference.get_piece_size()
+    tokenizer = tokenizers.chatglm1(tmp_path, "chatglm", start=size - 340)
+    assert len(tokenizer) == size
+    assert [tokenizer.convert_tokens_to_ids(mark) for mark in CHATGLM1_MARKS] == list(range(size - 344, size - 336))
+    marks = [size - 343, size - 340]
+    composed = [text for text in TEXTS if unicodedata.is_normalized("NFC", text)]
+    runs = ["a" + " " * length + "b" for length in (1, 2, 3, 79, 80, 81, 82, 160, 163)] + ["\n\n\t\t", "\t" * 9 + "x"]
+    odd = ["<image 5>", "<image_5>", "<0x41>", "a\n<0x41>\nb", "<n>", "<|blank_3|>"]
+    for text in composed + runs + odd + CORPUS[:7] + random_texts(300, "the moon \n\t.明月光，。🌕▁<n>"):
+        ids = reference.encode(text)
+        assert tokenizer.encode(text) == [*ids, *marks], text
+        assert tokenizer.decode(ids) == reference.decode(ids), text
+    for text in [] if flags else runs + [text for text in composed if "▁" not in text]:
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer("", "明").input_ids == [*marks, *reference.encode("明"), *marks]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<sop>", "<eop>", "<pad>")
+
+
+def test_chatglm1_compares_its_start_with_the_model(tmp_path):
+    size = train_ice(tmp_path, images=5).get_piece_size()
+    with pytest.raises(HelpersError, match=rf"<sop> is token 130004 in config.json and would be {size - 340}"):
+        tokenizers.chatglm1(tmp_path, "chatglm", start=130_004)
 
 
 def test_baichuan_adds_nothing_unless_told_and_finds_its_turn_marks(tmp_path):
@@ -330,9 +430,9 @@ def test_an_answer_can_be_shown_token_by_token(tmp_path, family, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
-@pytest.mark.parametrize("family", ["chatglm", "baichuan", "internlm2", "llama", "qwen"])
+@pytest.mark.parametrize("family", ["chatglm", "chatglm1", "baichuan", "internlm2", "llama", "qwen"])
 def test_a_missing_file_is_named(tmp_path, family):
-    name = "qwen.tiktoken" if family == "qwen" else "tokenizer.model"
+    name = {"qwen": "qwen.tiktoken", "chatglm1": "ice_text.model"}.get(family, "tokenizer.model")
     with pytest.raises(HelpersError, match=f"there is no {name}"):
         getattr(tokenizers, family)(tmp_path, "none")
 
@@ -379,5 +479,5 @@ def test_a_changed_rank_file_is_read_again(tmp_path):
 
 def test_an_unknown_chat_format_lists_the_known_ones(tmp_path):
     train(tmp_path)
-    with pytest.raises(HelpersError, match=r"'chatlm3'.*mean chatglm3.*llama2-chinese, alpaca, none"):
+    with pytest.raises(HelpersError, match=r"'chatlm3'.*mean chatglm3.*llama2-chinese, alpaca, alpaca2, rwkv, none"):
         tokenizers.chatglm(tmp_path, "chatlm3")

@@ -2,7 +2,7 @@
 
 from .frameworks import framework, frameworks
 from .gpus import gpu, gpus
-from .measured import MeasuredRow, measured, table
+from .measured import MeasuredRow, measured, recorded
 from .models import Model, model, models
 
 __all__ = [
@@ -15,5 +15,5 @@ __all__ = [
     "measured",
     "model",
     "models",
-    "table",
+    "recorded",
 ]

@@ -17,10 +17,13 @@ Text = Annotated[str, Field(min_length=1)]
 Repository = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
-Shipped = Literal["chatglm2", "chatglm3", "chatml", "internlm2", "baichuan2", "llama2-chinese", "alpaca", "none"]
-ChatFormat = Literal[Shipped, "chatglm", "rwkv", "own"]
-"""Names of helpers.native.chat_templates; `chatglm` (ChatGLM-6B) and `rwkv`, whose models need a class of our own;
-`own` is a template that the published tokenizer brings along."""
+Shipped = Literal[
+    "chatglm", "chatglm2", "chatglm3", "glm4", "chatml", "qwen3", "internlm2", "internlm3", "baichuan", "baichuan2",
+    "llama2-chinese", "alpaca", "alpaca2", "rwkv", "none",
+]  # fmt: skip
+ChatFormat = Literal[Shipped, "own"]
+"""Names of helpers.native.chat_templates; `own` is a template that the published tokenizer brings along, and of which
+there is none here."""
 
 TOLERANCE = 0.001
 """A stated count may differ by 0.1 % from the computed one: old checkpoints also store rotary tables."""
@@ -134,6 +137,11 @@ class RwkvShape(Fact):
             raise ValueError(f"version {info.data.get('version')} has the ranks {sorted(wanted)}, not {sorted(ranks)}")
         return ranks
 
+    def matrices(self) -> int:
+        """Count the weights in the large matrices of the layers: what bitsandbytes quantises."""
+        square = {4: 5, 5: 6, 6: 6, 7: 4}[self.version]  # channel mixing has one up to version 6
+        return self.layers * (square * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_size)
+
     def count_parameters(self) -> dict[str, int]:
         """Count the parameters by part, named as in a transformer: `attention` is time mixing, `mlp` channel mixing.
 
@@ -190,10 +198,15 @@ class Licence(Fact):
 
 
 class Adapter(Fact):
-    """One published LoRA; its commit is None where it could not be read."""
+    """One published LoRA; its commit is None where it could not be read.
+
+    Attributes:
+        sha256: checksum of its adapter_model.bin, as its publisher states it.
+    """
 
     repository: Repository
     revision: Commit | None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
 class Adapters(Fact):
@@ -229,8 +242,10 @@ class Model(Fact):
     """One model.
 
     Attributes:
+        file: the weight file to take, of a repository that holds several models.
         architecture: class named in the published config.json.
-        native_class: class of transformers that runs it with no remote code; None when there is none.
+        native_class: class that runs it with no remote code, of transformers or of helpers.native.own; None when there
+            is none.
         conversion: the file of helpers.native that converts it; `own class` needs a small class of ours beside;
             `none` is published in (or only renamed to) the native form.
         parameters: number of parameters of the running model, tied tensors counted once.
@@ -239,7 +254,7 @@ class Model(Fact):
         largest_file: bytes of the largest weight file, which has to fit into RAM; None where it was not read.
         context: tokens the model was made for, prompt and answer together.
         training_tokens: tokens it was pre-trained on, its base's not counted.
-        stand_in: whether a tiny stand-in is shipped.
+        stand_in: id of the model whose tiny stand-in serves this one too, mostly its own; None where there is none.
         original_config: the published config.json, without the keys that only its remote code reads.
         native_config: the same of a model in native form, as `AutoConfig.for_model` takes it.
         revision: commit of the Hugging Face repository to load; None with the reason in ``revision_note``.
@@ -253,9 +268,10 @@ class Model(Fact):
     adapters: Adapters | None = None
     revision: Commit | None
     revision_note: Text
+    file: Text | None = None
     architecture: Text
     native_class: Text | None
-    conversion: Literal["chatglm", "baichuan", "qwen", "internlm2", "llama", "own class", "none"]
+    conversion: Literal["chatglm", "chatglm1", "baichuan", "qwen", "internlm2", "internlm3", "llama", "rwkv", "none"]
     chat_format: ChatFormat
     shape: Annotated[TransformerShape | RwkvShape, Field(discriminator="kind")]
     parameters: PositiveInt
@@ -267,7 +283,7 @@ class Model(Fact):
     languages: Annotated[tuple[Literal["zh", "en", "multilingual"], ...], Field(min_length=1)]
     training_tokens: PositiveInt | None = None
     licence: Licence
-    stand_in: bool = False
+    stand_in: Text | None = None
     status: Literal["current", "superseded"]
     successor: Annotated[Text | None, Field(validate_default=True)] = None
     original_config: Annotated[dict[str, Any] | None, Field(validate_default=True)] = None
@@ -349,6 +365,8 @@ def read_models(path: Path = FILE) -> dict[str, Model]:
     for row in rows.values():
         if row.successor is not None and row.successor not in rows:
             raise fault(path, f"{row.id}.successor", f"there is no row {row.successor!r}")
+        if row.stand_in is not None and (row.stand_in not in rows or rows[row.stand_in].stand_in != row.stand_in):
+            raise fault(path, f"{row.id}.stand_in", f"there is no stand-in of {row.stand_in!r}")
     return rows
 
 

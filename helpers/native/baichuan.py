@@ -1,9 +1,9 @@
-"""Baichuan-7B and Baichuan2-7B -> ``LlamaForCausalLM``.
+"""Baichuan and Baichuan 2: 7B -> ``LlamaForCausalLM``, 13B -> ``AlibiLlamaForCausalLM``.
 
 Baichuan-7B is Llama with query, key and value in one matrix (``W_pack``). Baichuan 2 also scales every row of its
 output head to length 1 (NormHead): done once here, it costs nothing in the forward pass and plain Llama serves it.
 
-The 13B models share ``model_type`` but use ALiBi instead of rotary positions; they are refused here.
+The 13B models share ``model_type`` but use ALiBi instead of rotary positions: ``own/alibi.py``.
 
 Sources: modelling code of the published checkpoints; Baichuan 2: arXiv 2309.10305, section 2.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import HelpersError
 from .family import Family, Original, llama_layers, need, qkv, refuse_unless, rope
 from .rules import Rule, drop, keep, rename, split_rows, unit_rows
 
@@ -22,28 +21,36 @@ if TYPE_CHECKING:
 
 
 def has_norm_head(original: Original) -> bool:
-    """Tell Baichuan 2 from Baichuan 1: only the second has the key ``z_loss_weight`` or the larger vocabulary."""
-    return "z_loss_weight" in original or original["vocab_size"] == 125_696
+    """Tell Baichuan 2 from Baichuan 1: by the published vocabularies, else by a key that only Baichuan 2 has.
+
+    That is ``z_loss_weight`` in the 7B's config.json, and ``tokenizer_class`` in the 13B's.
+    """
+    if original["vocab_size"] in (64_000, 125_696):
+        return original["vocab_size"] == 125_696
+    return "z_loss_weight" in original or "tokenizer_class" in original
+
+
+def has_alibi(original: Original) -> bool:
+    """Tell 13B from 7B: it has no rotary table, so its length is called ``model_max_length`` only."""
+    return "max_position_embeddings" not in original
 
 
 def config(original: Original) -> LlamaConfig:
-    """Translate config.json; a config without ``max_position_embeddings`` is a 13B model with ALiBi."""
+    """Translate config.json."""
     from transformers import LlamaConfig
 
+    from .own.alibi import AlibiLlamaConfig
+
     refuse_unless(original, "hidden_act", "silu", default="silu")
-    if "max_position_embeddings" not in original and "model_max_length" in original:
-        raise HelpersError(
-            "cannot convert this checkpoint",
-            "config.json has model_max_length and no max_position_embeddings, the mark of a Baichuan 13B with ALiBi",
-            "use baichuan-7b or baichuan2-7b",
-        )
-    return LlamaConfig(
+    alibi = has_alibi(original)
+    return (AlibiLlamaConfig if alibi else LlamaConfig)(
+        architectures=["AlibiLlamaForCausalLM" if alibi else "LlamaForCausalLM"],
         vocab_size=need(original, "vocab_size"),
         hidden_size=need(original, "hidden_size"),
         intermediate_size=need(original, "intermediate_size"),
         num_hidden_layers=need(original, "num_hidden_layers"),
         num_attention_heads=need(original, "num_attention_heads"),
-        max_position_embeddings=need(original, "max_position_embeddings"),
+        max_position_embeddings=need(original, "max_position_embeddings", "model_max_length"),
         rms_norm_eps=need(original, "rms_norm_eps"),
         rope_parameters=rope(10_000),
         tie_word_embeddings=original.get("tie_word_embeddings", False),
@@ -61,13 +68,13 @@ def rules(original: Original) -> list[Rule]:
         *keep("model.embed_tokens.weight", "model.norm.weight"),
         *(rename(*pair) for pair in llama_layers()),
         split_rows("model.layers.{i}.self_attn.W_pack.weight", qkv(), [hidden] * 3),
-        drop("model.layers.{i}.self_attn.rotary_emb.inv_freq"),
+        *([] if has_alibi(original) else [drop("model.layers.{i}.self_attn.rotary_emb.inv_freq")]),
         head("lm_head.weight", "lm_head.weight"),
     ]
 
 
 def tokenizer(folder: Path, original: Original, chat_format: str) -> PreTrainedTokenizerFast:
-    """Build the tokenizer: SentencePiece; Baichuan 2 marks turns with two of its reserved tokens."""
+    """Build the tokenizer: SentencePiece; the chat models mark turns with two of their reserved tokens."""
     from .tokenizers import baichuan
 
     return baichuan(folder, chat_format)

@@ -13,6 +13,7 @@ import errno
 import json
 import pickle
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,29 +22,59 @@ from typing import TYPE_CHECKING, Any
 from ..errors import HelpersError, unknown
 from .family import Family, Original
 from .lora import Adapter
+from .own import register
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from .rules import Rule
 
-RECIPE = 1
+RECIPE = 2
 """Raised whenever the result of a conversion changes, so that cached results of older code are made anew."""
 
 RECEIPT = "conversion.json"
 
-
-def families() -> dict[str, Family]:
-    """Return the families by the ``model_type`` of their original config.json."""
-    from . import baichuan, chatglm, internlm2, llama, qwen
-
-    return {module.FAMILY.model_type: module.FAMILY for module in (chatglm, baichuan, qwen, internlm2, llama)}
+LFS_POINTER = b"version https://git-lfs"
+"""How the text begins that Git puts in the place of a large file (https://git-lfs.com, specification of a pointer)."""
 
 
-def read_original(folder: Path) -> tuple[Original, Family]:
-    """Read an original config.json as plain JSON (never through remote code) and find its family."""
+def families() -> list[Family]:
+    """Return the families; of those that share a ``model_type``, the one with a mark of its own comes first."""
+    from . import baichuan, chatglm, chatglm1, internlm2, internlm3, llama, qwen, rwkv
+
+    single = [module.FAMILY for module in (chatglm1, chatglm, baichuan, qwen, internlm2, internlm3, llama)]
+    return [*single, *rwkv.FAMILIES]
+
+
+def has_family(original: Original) -> bool:
+    """Tell whether a config is one that is converted here; those of models born native are not."""
+    return any(family.matches(original) for family in families())
+
+
+def family_of(original: Original) -> Family:
+    """Return the family of an original config.json.
+
+    Raises:
+        HelpersError: there is none; the valid values of ``model_type`` are listed.
+    """
+    for family in families():
+        if family.matches(original):
+            return family
+    valid = sorted({family.model_type for family in families()})
+    raise unknown("model_type in config.json", original.get("model_type"), valid)
+
+
+def read_config(folder: Path) -> Original:
+    """Read a config.json as plain JSON, never through remote code.
+
+    Of a raw RWKV, a folder with a .pth file and none, the tensors tell the sizes.
+    """
+    from . import rwkv
+
     file = Path(folder) / "config.json"
+    if not file.exists() and (original := rwkv.describe(Path(folder))):
+        return original
     try:
         original = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -52,16 +83,26 @@ def read_original(folder: Path) -> tuple[Original, Family]:
         raise HelpersError(f"cannot read {file}", f"it is not JSON ({error})", "download it again") from None
     if not isinstance(original, dict):
         raise HelpersError(f"cannot read {file}", "it holds no settings by name", "download it again")
-    if original.get("model_type") not in families():
-        raise unknown("model_type in config.json", original.get("model_type"), sorted(families()))
-    return original, families()[original["model_type"]]
+    return original
+
+
+def read_original(folder: Path) -> tuple[Original, Family]:
+    """Read an original config.json and find its family."""
+    original = read_config(folder)
+    return original, family_of(original)
 
 
 def native_config(original: Original) -> PreTrainedConfig:
-    """Translate an original config.json to the native class's config."""
-    family = families()[original["model_type"]]
+    """Translate an original config.json to the native class's config; one that is native already stays as it is."""
+    from transformers import AutoConfig
+
+    register()
+    if not has_family(original):
+        settings = {key: value for key, value in original.items() if key != "model_type"}
+        return AutoConfig.for_model(original["model_type"], **settings)
+    family = family_of(original)
     config = family.config(original)
-    config.architectures = [family.native_class]
+    config.architectures = config.architectures or [family.native_class]
     return config
 
 
@@ -72,7 +113,7 @@ def to_original(original: Original, native: Mapping[str, Tensor]) -> dict[str, T
     """
     written = {}
     layers = range(native_config(original).num_hidden_layers)
-    for rule in families()[original["model_type"]].rules(original):
+    for rule in family_of(original).rules(original):
         for layer in layers if "{i}" in rule.source else [0]:
             name = rule.source.replace("{i}", str(layer))
             targets = rule.match(name)
@@ -155,10 +196,17 @@ class Conversion:
         self.source = source
         self.original, self.family = read_original(source)
         self.adapters = [Adapter(folder) for folder in adapters]
+        self.vocabulary_folder = source
         for adapter in self.adapters:
-            self.original = adapter.adapt_config(self.original)
+            before, self.original = self.original, adapter.adapt_config(self.original)
+            if self.original != before:
+                self.vocabulary_folder = adapter.folder
         self.config = native_config(self.original)
         self.chat_format = chat_format or self.family.chat_format
+        names = self.family.vocabulary
+        with_tokenizer = [folder for folder in [source, *adapters] if any((folder / name).exists() for name in names)]
+        without = source if self.config.vocab_size == self.family.shared else None
+        self.tokenizer_folder = with_tokenizer[-1] if with_tokenizer else without
         self.rules: list[Rule] = self.family.rules(self.original)
         self.files = weight_files(source)
         self.size = sum(file.stat().st_size for file in self.files)
@@ -189,6 +237,12 @@ class Conversion:
     def dtype(self) -> Any:
         """The floating-point type of the weights, that of the first file's first tensor."""
         return next(tensor.dtype for tensor in open_shard(self.files[0]).values() if tensor.is_floating_point())
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The native tokenizer, of the last adapter that brings one or else of the base; None where none is."""
+        folder = self.tokenizer_folder
+        return folder and self.family.tokenizer(folder, self.original, self.chat_format)
 
     def check(self) -> None:
         """Compare what the files would become with an empty native model, by names and shapes.
@@ -224,6 +278,21 @@ class Conversion:
                 raise _wrong(f"{name!r} has no place in a model of {self.config.num_hidden_layers} layers")
             if made[name] != wanted[name]:
                 raise _wrong(f"{name!r} would have shape {made[name]}, config.json asks for {wanted[name]}")
+        self.check_tokenizer()
+
+    def check_tokenizer(self) -> None:
+        """Refuse a tokenizer with more tokens than embeddings, and one from before the vocabulary grew."""
+        if self.tokenizer is None:
+            return
+        folders = [self.source, *(adapter.folder for adapter in self.adapters)]
+        older = folders.index(self.tokenizer_folder) < folders.index(self.vocabulary_folder)
+        tokens, rows = 1 + max(self.tokenizer.get_vocab().values()), self.config.vocab_size
+        if tokens > rows or (older and tokens < rows):
+            raise HelpersError(
+                f"cannot use the tokenizer in {self.tokenizer_folder.name}",
+                f"it has {tokens} tokens, and the model has embeddings for {rows}",
+                "take the tokenizer files published with these weights (of an adapter: put them into its folder)",
+            )
 
     def write_shards(self, folder: Path, progress: bool) -> None:
         """Write one target shard a source shard, each under a temporary name first; several get an index."""
@@ -264,13 +333,9 @@ class Conversion:
         self.config.dtype = self.dtype
         self.config.save_pretrained(folder)
         stops = self.config.eos_token_id
-        source = next(
-            (a.folder for a in reversed(self.adapters) if (a.folder / "tokenizer.model").exists()), self.source
-        )
-        if any((source / name).exists() for name in ("tokenizer.model", "qwen.tiktoken")):
-            tokenizer = self.family.tokenizer(source, self.original, self.chat_format)
-            tokenizer.save_pretrained(folder)
-            stops = self.family.stops(tokenizer, self.chat_format)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+            stops = self.family.stops(self.tokenizer, self.chat_format)
         pad = self.config.pad_token_id
         GenerationConfig(
             bos_token_id=self.config.bos_token_id,
@@ -281,7 +346,7 @@ class Conversion:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List a checkpoint's weight files, safetensors before .bin; raises when one that the index names is missing."""
+    """List a checkpoint's weight files, safetensors before .bin and .pth; raises when one of an index is missing."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if index.exists():
@@ -300,9 +365,15 @@ def weight_files(folder: Path) -> list[Path]:
             return files
         if single.exists():
             return [single]
+    raw = sorted(folder.glob("*.pth"))  # BlinkDL's RWKV: one file is one model
+    if len(raw) > 1:
+        names = ", ".join(file.name for file in raw)
+        raise HelpersError(f"several models in {folder.name}", names, "keep one of them in a folder of its own")
+    if raw:
+        return raw
     raise HelpersError(
         f"no weights in {folder}",
-        "there is neither model.safetensors nor pytorch_model.bin, nor an index of shards",
+        "there is neither model.safetensors nor pytorch_model.bin, nor an index of shards, nor a .pth",
         "download the whole checkpoint",
     )
 
@@ -311,11 +382,20 @@ def open_shard(file: Path) -> dict[str, Tensor]:
     """Map one weight file into memory: tensors are views of the file, whose pages are read when touched.
 
     Raises:
-        HelpersError: the file is truncated or damaged, or a .bin holds anything but tensors (it is not unpickled).
+        HelpersError: the file is truncated, damaged or only a pointer to one, or a .bin holds anything but tensors
+            (it is not unpickled).
     """
     import torch
     from safetensors import SafetensorError, safe_open
 
+    with file.open("rb") as start:
+        if start.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise HelpersError(
+                f"cannot read {file.name}",
+                "it is a Git LFS pointer, a few lines of text that stand for the weights: the repository was cloned "
+                "without Git LFS",
+                f"run git lfs install and git lfs pull in {file.parent.name}, or download the file again",
+            )
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
@@ -354,7 +434,9 @@ def _check_replaceable(target: Path, source: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+    """Return the first line of a message, cut between words where it is long."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten(line, 100, placeholder=" ...")
 
 
 def _wrong(why: str) -> HelpersError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import HelpersError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .rules import Rule
 
@@ -24,11 +24,14 @@ class Family:
 
     Attributes:
         model_type: ``model_type`` in the original config.json.
-        native_class: name of the transformers class the result loads as.
+        native_class: name of the class the result loads as, where ``config`` names no other in ``architectures``.
         chat_format: the chat template used when the caller names none.
         config: original config -> native config; refuses what the native class cannot express.
         rules: original config -> the table of tensors.
-        tokenizer: original folder, config and chat format -> a fast tokenizer.
+        tokenizer: original folder, config and chat format -> a tokenizer.
+        vocabulary: names that the tokenizer's file may have.
+        shared: number of rows of models whose vocabulary is the same everywhere, and so not needed in the folder.
+        known_by: key of the original config.json that tells this family from others of its ``model_type``.
     """
 
     model_type: str
@@ -36,9 +39,16 @@ class Family:
     chat_format: str
     config: Callable[[Original], PreTrainedConfig]
     rules: Callable[[Original], list[Rule]]
-    tokenizer: Callable[[Path, Original, str], PreTrainedTokenizerFast]
+    tokenizer: Callable[[Path, Original, str], PreTrainedTokenizerBase]
+    vocabulary: tuple[str, ...] = ("tokenizer.model",)
+    shared: int | None = None
+    known_by: str | None = None
 
-    def stops(self, tokenizer: PreTrainedTokenizerFast, chat_format: str) -> list[int]:
+    def matches(self, original: Original) -> bool:
+        """Tell whether an original config.json is of this family."""
+        return original.get("model_type") == self.model_type and (self.known_by is None or self.known_by in original)
+
+    def stops(self, tokenizer: PreTrainedTokenizerBase, chat_format: str) -> list[int]:
         """Return the ids that end an answer: the end of the text, and the marks that end a turn of the chat."""
         from .chat_templates import STOP_TOKENS
 

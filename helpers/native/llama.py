@@ -36,9 +36,11 @@ def config(original: Original) -> LlamaConfig:
         num_hidden_layers=need(original, "num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=original.get("num_key_value_heads") or heads,
+        head_dim=original.get("head_dim"),
         max_position_embeddings=need(original, "max_position_embeddings", "max_sequence_length"),
         rms_norm_eps=need(original, "rms_norm_eps"),
         attention_bias=original.get("attention_bias", False),
+        mlp_bias=original.get("mlp_bias", False),
         rope_parameters=rope(original.get("rope_theta", 10_000)) | more,
         tie_word_embeddings=original.get("tie_word_embeddings", False),
         bos_token_id=original.get("bos_token_id", 1),
@@ -50,6 +52,8 @@ def config(original: Original) -> LlamaConfig:
 def rules(original: Original) -> list[Rule]:
     """Table of tensors: every name stays."""
     biases = [*qkv(kind="bias"), "model.layers.{i}.self_attn.o_proj.bias"] if original.get("attention_bias") else []
+    if original.get("mlp_bias"):
+        biases += [f"model.layers.{{i}}.mlp.{part}_proj.bias" for part in ("gate", "up", "down")]
     return [
         *keep("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", *qkv(), *biases),
         *(rename(*pair) for pair in llama_layers()),

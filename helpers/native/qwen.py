@@ -73,4 +73,4 @@ def tokenizer(folder: Path, original: Original, chat_format: str) -> PreTrainedT
     return qwen(folder, chat_format)
 
 
-FAMILY = Family("qwen", "Qwen2ForCausalLM", "chatml", config, rules, tokenizer)
+FAMILY = Family("qwen", "Qwen2ForCausalLM", "chatml", config, rules, tokenizer, ("qwen.tiktoken",))

@@ -1,6 +1,6 @@
 """Tokenizers of today's transformers, built from the tokenizer file of an original checkpoint, without remote code.
 
-    tokenizer.model (SentencePiece BPE)  or  qwen.tiktoken  ->  a `tokenizers` pipeline  ->  PreTrainedTokenizerFast
+    tokenizer.model (SentencePiece)  or  qwen.tiktoken  ->  a `tokenizers` pipeline  ->  PreTrainedTokenizerFast
 
 What comes out gives the ids of the SentencePiece or tiktoken library on the same file. It is saved as one
 tokenizer.json, which AutoTokenizer and serving engines read.
@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 SPACE = "▁"
 """What SentencePiece writes for a space inside a piece (U+2581)."""
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of pieces in a SentencePiece model that matter here: ``SentencePiece.Type`` in sentencepiece_model.proto."""
+
+UNREAD = -1e4
+"""Score of the pieces of a Unigram model that no text may give: worse than any other way to cut it."""
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,6 +57,13 @@ INTERNLM2_MARKS = [
     "<|im_start|>",
 ]
 """InternLM2's chat marks by rising id. Source: tokenizer_config.json of internlm/internlm2-chat-7b (92538..92543)."""
+
+CHATGLM1_MARKS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+CHATGLM1_SPACES = {"\n": "<n>", "\t": "<|tab|>"} | {" " * length: f"<|blank_{length}|>" for length in range(80, 1, -1)}
+"""ChatGLM-6B's special tokens by rising id, and how it writes white space; a run of 81 spaces is <|blank_80|> and one.
+
+Source: tokenization_chatglm.py of THUDM/chatglm-6b, ``SPTokenizer``.
+"""
 
 
 def chatglm(folder: Path, chat_format: str) -> PreTrainedTokenizerFast:
@@ -75,11 +85,67 @@ def chatglm(folder: Path, chat_format: str) -> PreTrainedTokenizerFast:
     return _finish(backend, chat_format, start=["[gMASK]", "<sop>"], bos_token=None, pad_token="<unk>")
 
 
+def chatglm1(folder: Path, chat_format: str, start: int | None = None) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of ChatGLM-6B, the first one, from ``ice_text.model``; texts end in ``[gMASK]<sop>``.
+
+    In the vocabulary of 150,528 tokens, 20,000 images come first (``num_image_tokens``, which the published
+    tokenizer_config.json sets to 0). The files that go with it end before the special tokens.
+
+    Args:
+        folder: original checkpoint.
+        chat_format: name of the chat template to store.
+        start: id of ``<sop>`` in config.json; not compared when None.
+
+    Raises:
+        HelpersError: the file is missing or no SentencePiece model, it gives ``<sop>`` another id than config.json,
+            or the chat format is unknown.
+
+    Source: tokenization_chatglm.py and tokenizer_config.json of THUDM/chatglm-6b.
+    """
+    from tokenizers import decoders, normalizers
+
+    model = with_chatglm1_pieces(_read_sentencepiece(folder, "ice_text.model", kind="UNIGRAM"))
+    images = [
+        # No text can spell their names: its spaces have become ▁ when it is read.
+        {"piece": f"<image {number}>", "type": UNUSED}
+        for number in range(_settings(folder).get("num_image_tokens", 20_000))
+    ]
+    pieces = list(model.pieces)
+    del model.pieces[:]
+    model.pieces.extend([*(model.SentencePiece(**image) for image in images), *pieces])
+    ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    if start not in (None, ids["<sop>"]):
+        raise HelpersError(
+            "cannot build the tokenizer",
+            f"<sop> is token {start} in config.json and would be {ids['<sop>']}",
+            "take tokenizer_config.json, config.json and ice_text.model of the same revision",
+        )
+    backend = _sentencepiece(model, {ids[mark]: mark for mark in CHATGLM1_MARKS})
+    written = [normalizers.Replace(space, piece) for space, piece in CHATGLM1_SPACES.items()]
+    backend.normalizer = normalizers.Sequence([*written, backend.normalizer])
+    read = [decoders.Replace(piece, space) for space, piece in CHATGLM1_SPACES.items()]
+    backend.decoder = decoders.Sequence([backend.decoder, *read])
+    end = ["[gMASK]", "<sop>"]
+    return _finish(backend, chat_format, [], end, bos_token="<sop>", eos_token="<eop>", pad_token="<pad>")
+
+
+def with_chatglm1_pieces(model: ModelProto) -> ModelProto:
+    """Append to a model what early copies of ChatGLM-6B append when they load it, and later files hold."""
+    if model.pieces[-1].type != BYTE:
+        kinds = dict.fromkeys(CHATGLM1_MARKS, CONTROL)
+        kinds |= {f"<|{name}|>": USER_DEFINED for name in ["tab", *(f"blank_{length}" for length in range(2, 81))]}
+        kinds |= {f"<0x{byte:02X}>": BYTE for byte in range(256)}
+        for piece, kind in kinds.items():
+            model.pieces.add(piece=piece, type=kind, score=0.0)
+        model.trainer_spec.byte_fallback = True
+    return model
+
+
 def baichuan(folder: Path, chat_format: str) -> PreTrainedTokenizerFast:
     """Build the tokenizer of Baichuan or Baichuan 2 from ``tokenizer.model``; it starts a text with nothing.
 
-    Baichuan 2 marks turns with two reserved pieces of the model itself (``<reserved_106>``, id 195, and
-    ``<reserved_107>``, id 196), which the format ``baichuan2`` makes special tokens.
+    The chat models mark turns with two reserved pieces of the model itself, ids 195 and 196, which the formats
+    ``baichuan`` (``<reserved_102>`` and ``<reserved_103>``) and ``baichuan2`` (106 and 107) make special tokens.
 
     Raises:
         HelpersError: the file is missing or no SentencePiece BPE model, it lacks the reserved pieces, or the chat
@@ -89,14 +155,15 @@ def baichuan(folder: Path, chat_format: str) -> PreTrainedTokenizerFast:
     """
     model, settings = _read_sentencepiece(folder), _settings(folder)
     marks: dict[int, str] = {}
-    if chat_format == "baichuan2":
+    if chat_format in ("baichuan", "baichuan2"):
         ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
-        marks = {ids.get(name, -1): name for name in ("<reserved_106>", "<reserved_107>")}
+        names = [f"<reserved_{number}>" for number in ((102, 103) if chat_format == "baichuan" else (106, 107))]
+        marks = {ids.get(name, -1): name for name in names}
         if -1 in marks:
             raise HelpersError(
-                "cannot use the chat format 'baichuan2'",
-                f"{folder.name}/tokenizer.model has no pieces <reserved_106> and <reserved_107>",
-                "take the tokenizer of a Baichuan2 checkpoint, or the chat format 'none'",
+                f"cannot use the chat format {chat_format!r}",
+                f"{folder.name}/tokenizer.model has no pieces {' and '.join(names)}",
+                "take the tokenizer of that chat model, or the chat format 'none'",
             )
     start = ["<s>"] if settings.get("add_bos_token", False) else []
     return _finish(_sentencepiece(model, marks), chat_format, start, pad_token=_pad(settings, "<unk>"))
@@ -161,29 +228,36 @@ def qwen(folder: Path, chat_format: str) -> PreTrainedTokenizerFast:
     Source: tokenization_qwen.py of Qwen/Qwen-7B.
     """
     from tokenizers import normalizers
-    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    ranks = _read_ranks(folder)
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
+    backend = byte_level(_read_ranks(folder), QWEN_PATTERN, specials)
+    backend.normalizer = normalizers.NFC()
+    end = "<|endoftext|>"
+    return _finish(backend, chat_format, [], unk_token=None, bos_token=None, eos_token=end, pad_token=end)
+
+
+def byte_level(ranks: Mapping[bytes, int], pattern: str, specials: Sequence[str]) -> Tokenizer:
+    """Build the pipeline of a tiktoken encoding: tokens by rank, the pattern that cuts out words, special tokens."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class Converter(TikTokenConverter):
         # The stock reader keeps copies of files in a temporary folder by their path, and would go on returning the
         # copy after the file has changed.
         load_tiktoken_bpe = staticmethod(lambda _: ranks)
 
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
-    backend = Converter("qwen.tiktoken", pattern=QWEN_PATTERN, extra_special_tokens=specials).converted()
-    backend.normalizer = normalizers.NFC()
-    end = "<|endoftext|>"
-    return _finish(backend, chat_format, [], unk_token=None, bos_token=None, eos_token=end, pad_token=end)
+    return Converter("ranks", pattern=pattern, extra_special_tokens=specials).converted()
 
 
-def _finish(backend: Tokenizer, chat_format: str, start: Sequence[str], **names: str | None) -> PreTrainedTokenizerFast:
+def _finish(
+    backend: Tokenizer, chat_format: str, start: Sequence[str], end: Sequence[str] = (), **names: str | None
+) -> PreTrainedTokenizerFast:
     """Wrap a pipeline for transformers.
 
     Args:
         backend: the pipeline from text to ids.
         chat_format: name of the chat template to store.
         start: special tokens put before every text.
+        end: special tokens put after every text.
         names: ``unk_token``, ``bos_token``, ``eos_token`` and ``pad_token`` where not SentencePiece's usual ones.
     """
     from tokenizers import processors
@@ -191,11 +265,11 @@ def _finish(backend: Tokenizer, chat_format: str, start: Sequence[str], **names:
 
     if chat_format not in CHAT_TEMPLATES:
         raise unknown("chat format", chat_format, list(CHAT_TEMPLATES))
-    if start:
+    if start or end:
         backend.post_processor = processors.TemplateProcessing(
-            single=[*start, "$A"],
-            pair=[*start, "$A", *start, "$B"],
-            special_tokens=[(token, backend.token_to_id(token)) for token in start],
+            single=[*start, "$A", *end],
+            pair=[*start, "$A", *end, *start, "$B", *end],
+            special_tokens=[(token, backend.token_to_id(token)) for token in [*start, *end]],
         )
     opening = "{{- '" + "".join(start) + "' }}"
     return PreTrainedTokenizerFast(
@@ -216,29 +290,35 @@ def _sentencepiece(model: ModelProto, marks: Mapping[int, str]) -> Tokenizer:
     differently. And a character map takes a combining mark after a space as part of it here, and by itself there.
 
     Args:
-        model: a BPE model.
+        model: a BPE or Unigram model.
         marks: special tokens by id; they rename pieces of the model, or follow them.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
     kinds = {number: CONTROL if number in marks else piece.type for number, piece in enumerate(model.pieces)}
     names = [marks.get(number, piece.piece) for number, piece in enumerate(model.pieces)]
-    backend = Tokenizer(
-        models.BPE(
-            vocab={name: number for number, name in enumerate(names)},
-            merges=_merges(model, kinds),
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=model.trainer_spec.byte_fallback,
+    bytes_for_rare = model.trainer_spec.byte_fallback
+    if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
+        scores = [piece.score if kinds[i] in (NORMAL, USER_DEFINED) else UNREAD for i, piece in enumerate(model.pieces)]
+        vocabulary = list(zip(names, scores, strict=True))
+        backend = Tokenizer(models.Unigram(vocabulary, names.index("<unk>"), bytes_for_rare))
+    else:
+        backend = Tokenizer(
+            models.BPE(
+                vocab={name: number for number, name in enumerate(names)},
+                merges=_merges(model, kinds),
+                unk_token="<unk>",
+                fuse_unk=True,
+                byte_fallback=bytes_for_rare,
+                ignore_merges=USER_DEFINED in kinds.values(),  # those have no merges and still are one token
+            )
         )
-    )
     backend.normalizer = _normalizer(model)
     # User-defined pieces are taken out of a text before merging, the longest first. They are cut out of the
     # normalised text, as a token added to the pipeline would give the text behind it a prefix space of its own.
     cut = sorted((names[number] for number, kind in kinds.items() if kind == USER_DEFINED), key=len, reverse=True)
     if cut:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, cut))), behavior="isolated")
-        backend.model.ignore_merges = True
 
     specials = [names[number] for number, kind in kinds.items() if kind in (UNKNOWN, CONTROL)]
     specials += [mark for number, mark in sorted(marks.items()) if number >= len(names)]
@@ -268,8 +348,14 @@ def _normalizer(model: ModelProto) -> normalizers.Normalizer:
 
     spec, steps = model.normalizer_spec, []
     if spec.precompiled_charsmap:
+        charsmap = normalizers.Precompiled(spec.precompiled_charsmap)
+        # The map passes over user-defined pieces (Baichuan's "，" and line break): a private character each, meanwhile.
+        pieces = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED and SPACE not in piece.piece]
+        pieces = sorted((piece for piece in pieces if charsmap.normalize_str(piece) != piece), key=len, reverse=True)
+        hidden = [(piece, chr(0xF0000 + place)) for place, piece in enumerate(pieces)]
+        steps += [normalizers.Replace(piece, mark) for piece, mark in hidden]
         # NFC first, as `tokenizers` applies the map to single characters and so misses what is written as several.
-        steps += [normalizers.NFC(), normalizers.Precompiled(spec.precompiled_charsmap)]
+        steps += [normalizers.NFC(), charsmap, *(normalizers.Replace(mark, piece) for piece, mark in hidden)]
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
         steps.append(normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""))
@@ -290,22 +376,22 @@ def _decoder(model: ModelProto, specials: Sequence[str]) -> decoders.Decoder:
     return decoders.Sequence(steps)
 
 
-def _read_sentencepiece(folder: Path) -> ModelProto:
-    """Read tokenizer.model; refuses what this file cannot express exactly."""
+def _read_sentencepiece(folder: Path, name: str = "tokenizer.model", kind: str = "BPE") -> ModelProto:
+    """Read a SentencePiece model of a kind; refuses what this file cannot express exactly."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    content = _read(folder, "tokenizer.model")
+    content = _read(folder, name)
     try:
         model = ModelProto.FromString(content)
     except DecodeError:
-        raise _damaged(folder, "tokenizer.model", "it is no SentencePiece model") from None
+        raise _damaged(folder, name, "it is no SentencePiece model") from None
     if not {"<unk>", "<s>", "</s>"} <= {piece.piece for piece in model.pieces}:
-        raise _damaged(folder, "tokenizer.model", "it has no pieces <unk>, <s> and </s>")
-    if model.trainer_spec.model_type != model.trainer_spec.BPE:
-        raise _damaged(folder, "tokenizer.model", "it is a SentencePiece model of another kind than BPE")
+        raise _damaged(folder, name, "it has no pieces <unk>, <s> and </s>")
+    if model.trainer_spec.model_type != model.trainer_spec.ModelType.Value(kind):
+        raise _damaged(folder, name, f"it is a SentencePiece model of another kind than {kind}")
     if model.trainer_spec.treat_whitespace_as_suffix or not model.normalizer_spec.escape_whitespaces:
-        raise _damaged(folder, "tokenizer.model", "it treats spaces in a way that no model of this family does")
+        raise _damaged(folder, name, "it treats spaces in a way that no model of this family does")
     return model
 
 

@@ -1,13 +1,16 @@
-"""Baichuan-7B and Baichuan2-7B, from config.json's keys (Baichuan 2: arXiv 2309.10305, section 2).
+"""Baichuan and Baichuan 2, from config.json's keys (Baichuan 2: arXiv 2309.10305, section 2).
 
 The two differ in the output head alone, and no key of config.json says so: it is in the models' code. So there are
-two functions here, and a test says which model it means.
+two functions here, and a test says which model it means. 7B and 13B differ in their positions, rotary or ALiBi (arXiv
+2108.12409); the 13B has no key ``max_position_embeddings``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -66,8 +69,11 @@ def last_hidden(
     """Run everything below the output head, the same in both models: -> [batch, new, hidden]."""
     epsilon, heads = original["rms_norm_eps"], original["num_attention_heads"]
     width = original["hidden_size"] // heads
-    places = positions(attention_mask, input_ids.shape[1])
-    turns = frequencies(original, width, attention_mask.shape[1])
+    rotary = "max_position_embeddings" in original
+    if rotary:
+        places = positions(attention_mask, input_ids.shape[1])
+        turns = frequencies(original, width, attention_mask.shape[1])
+    slopes = None if rotary else torch.tensor(alibi_slopes(heads))
 
     x = weights["model.embed_tokens.weight"][input_ids]
     for i in range(original["num_hidden_layers"]):
@@ -76,7 +82,9 @@ def last_hidden(
         # One product gives all queries, then all keys, then all values.
         packed = linear(normed, weights[layer + "self_attn.W_pack.weight"]).unflatten(-1, (3, heads, width))
         query, key, value = packed.unbind(2)
-        mixed = attend(rotate(query, places, turns), rotate(key, places, turns), value, attention_mask, cache, i)
+        if rotary:
+            query, key = rotate(query, places, turns), rotate(key, places, turns)
+        mixed = attend(query, key, value, attention_mask, cache, i, slopes)
         x = x + linear(mixed, weights[layer + "self_attn.o_proj.weight"])
 
         normed = rms_norm(x, weights[layer + "post_attention_layernorm.weight"], epsilon)
@@ -84,3 +92,15 @@ def last_hidden(
         opened = gate * linear(normed, weights[layer + "mlp.up_proj.weight"])
         x = x + linear(opened, weights[layer + "mlp.down_proj.weight"])
     return rms_norm(x, weights["model.norm.weight"], epsilon)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Return each head's slope as section 3 of the paper and its code's ``get_slopes`` do.
+
+    For a power of two a geometric series from 2 ** (-8 / heads); else that of the power of two below, and every
+    second one of the power of two above.
+    """
+    below = 2 ** math.floor(math.log2(heads))
+    if below == heads:
+        return [2 ** (-8 / heads * (head + 1)) for head in range(heads)]
+    return alibi_slopes(below) + alibi_slopes(2 * below)[::2][: heads - below]

@@ -28,7 +28,13 @@ def positions(attention_mask: Tensor, new: int) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, cache: Cache | None = None, layer: int = 0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    cache: Cache | None = None,
+    layer: int = 0,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention in which each key-value head serves ``heads / kv_heads`` query heads.
 
@@ -39,6 +45,7 @@ def attend(
         attention_mask: [batch, past + new], 1 for tokens and 0 for padding.
         cache: filled in place; what it holds comes before ``key`` and ``value``.
         layer: which entry of the cache.
+        slopes: [heads], what a score loses with each token that lies between query and key (ALiBi).
 
     Returns:
         [batch, new, heads * head_dim]; rows of padding hold no meaning.
@@ -51,6 +58,9 @@ def attend(
     new, total = query.shape[2], key.shape[2]
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    if slopes is not None:
+        distance = torch.arange(total - new, total)[:, None] - torch.arange(total)
+        scores = scores - slopes[:, None, None] * distance
     causal = torch.ones(total, total, dtype=torch.bool).tril()[total - new :]
     visible = causal & attention_mask[:, None, None, :].bool()
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
