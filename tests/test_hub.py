@@ -48,9 +48,21 @@ def test_fetches_the_catalogues_revision_and_no_code(hub):
     assert (folder / "config.json").read_text() == row.revision
 
 
+def test_a_model_born_native_comes_with_its_tokenizer_and_its_own_template(hub):
+    small = ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    hub.files = [*small, "model.safetensors", "modeling_qwen3.py", "figures/speed.png"]
+    assert names(fetch("qwen3-8b")) == sorted([*small, "fetched.json", "model.safetensors"])
+
+
 def test_takes_pickles_only_where_there_is_nothing_else(hub):
     hub.files = ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "tokenizer.model", "setup.py"]
     assert "pytorch_model.bin" in names(fetch("qwen-7b"))
+
+
+def test_takes_the_rows_own_file_of_a_repository_that_holds_several_models(hub):
+    row = catalog.model("rwkv-7-0.1b")
+    hub.files = [row.file, catalog.model("rwkv-7-2.9b").file, "README.md", "rwkv_vocab_v20230424.txt"]
+    assert names(fetch("rwkv-7-0.1b")) == [row.file, "fetched.json", "rwkv_vocab_v20230424.txt"]
 
 
 def test_asks_once_for_a_pin_that_the_catalogue_lacks(hub):
@@ -96,6 +108,36 @@ def test_unknown_hub_and_model(hub):
         fetch("qwen-7")
 
 
-def test_an_adapter_without_a_public_base_is_explained(hub):
-    with pytest.raises(HelpersError, match=r"only its adapter is published.*DIR/base"):
-        native_folder("chinese-alpaca-7b", "hub")
+def test_adapters_are_fetched_into_folders_in_the_order_they_are_merged(hub):
+    hub.files = ["adapter_config.json", "adapter_model.bin", "tokenizer.model", "special_tokens_map.json", "README.md"]
+    first, second = catalog.model("chinese-alpaca-plus-7b").adapters.steps
+    folder = fetch("chinese-alpaca-plus-7b")
+    assert hub.calls == [(first.repository, first.revision), (second.repository, second.revision)]
+    assert names(folder) == ["lora-1", "lora-2"]
+    assert names(folder / "lora-1") == sorted([*hub.files[:4], "fetched.json"])
+    assert (folder / "lora-1" / "adapter_model.bin").read_text() == first.revision
+    fetch("chinese-alpaca-plus-7b")
+    assert len(hub.calls) == 2, "both are complete"
+    assert names(fetch("chinese-alpaca-7b")) == ["lora"]
+
+
+def test_a_revision_asked_for_is_the_last_adapters(hub):
+    folder = fetch("chinese-alpaca-plus-7b", revision=COMMIT)
+    first, second = catalog.model("chinese-alpaca-plus-7b").adapters.steps
+    assert hub.calls == [(first.repository, first.revision), (second.repository, COMMIT)]
+    assert (folder / "lora-2" / "config.json").read_text() == COMMIT
+
+
+def test_adapters_of_modelscope_are_not_known(hub):
+    with pytest.raises(HelpersError, match="no repositories of its adapters there"):
+        fetch("chinese-alpaca-plus-7b", "modelscope", COMMIT)
+
+
+@pytest.mark.parametrize(("model", "places"), [("chinese-alpaca-7b", ["lora"]), ("chinese-alpaca-pro-7b", [1, 2])])
+def test_a_model_without_a_public_base_is_explained(hub, model, places):
+    steps = catalog.model(model).adapters.steps
+    names = [place if place == "lora" else f"lora-{place}" for place in places]
+    wanted = " and ".join(rf"{step.repository} \(DIR/{name}\)" for step, name in zip(steps, names, strict=True))
+    with pytest.raises(HelpersError, match=f"only its adapters are published.* base into DIR/base .*{wanted}"):
+        native_folder(model, "hub")
+    assert not hub.calls

@@ -11,11 +11,13 @@ from typing import Literal
 
 from .. import catalog
 from ..errors import HelpersError, unknown
+from ..native.lora import folder_names
 
 Source = Literal["huggingface", "modelscope"]
 
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
 SMALL_FILES += ["tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "*.tiktoken", "adapter_config.json"]
+SMALL_FILES += ["ice_text.model", "rwkv_vocab_v20230424.txt", "chat_template.jinja"]
 SAFE_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 OLD_WEIGHTS = ["*.bin", "*.bin.index.json"]
 """Pickles of tensors, taken only where a repository has no safetensors; they are read with weights_only."""
@@ -36,9 +38,11 @@ def fetch(model: str, source: Source = "huggingface", revision: str | None = Non
         source: the hub to ask.
         revision: commit (Hugging Face) or tag or commit (ModelScope); the catalogue's pin when None. Where the
             catalogue has none, Hugging Face is asked once for its newest commit, which then stays this folder's pin.
+            Of a model published as several adapters, the last one's.
 
     Returns:
-        The folder of the original checkpoint, below ``cache_folder()``. A complete one is returned at once.
+        The folder of the original checkpoint, below ``cache_folder()``. A complete one is returned at once. Of a
+        model published as LoRA it holds the adapters, as ``lora/`` or as ``lora-1/`` and ``lora-2/``, and no base.
 
     Raises:
         HelpersError: unknown model or hub, no such repository or revision, no pin, the hub cannot be reached, or the
@@ -48,30 +52,48 @@ def fetch(model: str, source: Source = "huggingface", revision: str | None = Non
     if source not in ("huggingface", "modelscope"):
         raise unknown("hub", source, ["huggingface", "modelscope"])
     repository = getattr(row.repositories, source)
-    if repository is None:
+    steps = row.adapters.steps if row.adapters else ()
+    if repository is None or (steps and source != "huggingface"):
+        what = "repositories of its adapters" if steps else "repository of it"
         raise HelpersError(
-            f"cannot fetch {model} from {source}", "the catalogue knows no repository of it there", "try the other hub"
+            f"cannot fetch {model} from {source}", f"the catalogue knows no {what} there", "try the other hub"
         )
     folder = cache_folder() / "hub" / source / model
-    if _complete(folder, revision):
-        return folder
+    for step, name in zip(steps, folder_names(len(steps)), strict=True):
+        asked = revision if step is steps[-1] else None
+        _fetch(model, source, step.repository, asked, step.revision, folder / name)
+    if not steps:
+        _fetch(model, source, repository, revision, row.revision if source == "huggingface" else None, folder, row.file)
+    return folder
+
+
+def _fetch(
+    model: str,
+    source: Source,
+    repository: str,
+    asked: str | None,
+    pin: str | None,
+    folder: Path,
+    file: str | None = None,
+) -> None:
+    """Download one repository at the revision asked for, else at its pin; a complete folder is left as it is.
+
+    Of the weights, only ``file`` where a repository has several models.
+    """
+    if _complete(folder, asked):
+        return
     from httpx import HTTPError
 
     try:
         download = _from_huggingface if source == "huggingface" else _from_modelscope
-        pinned = download(repository, revision or _pin(row, source), folder)
+        revision = download(repository, asked or pin, folder, file)
     except HelpersError:
         raise
     except (OSError, HTTPError) as error:  # the disk's and huggingface_hub's own; the network's as httpx raises them
         raise _explain(model, source, repository, error) from None
     names = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
-    receipt = {"repository": repository, "revision": pinned, "date": date.today().isoformat(), "files": names}
+    receipt = {"repository": repository, "revision": revision, "date": date.today().isoformat(), "files": names}
     (folder / RECEIPT).write_text(json.dumps(receipt, indent=1))
-    return folder
-
-
-def _pin(row: catalog.Model, source: Source) -> str | None:
-    return row.revision if source == "huggingface" else None
 
 
 def _complete(folder: Path, revision: str | None) -> bool:
@@ -84,17 +106,18 @@ def _complete(folder: Path, revision: str | None) -> bool:
     return sizes_hold and revision in (None, receipt["revision"])
 
 
-def _from_huggingface(repository: str, revision: str | None, folder: Path) -> str:
+def _from_huggingface(repository: str, revision: str | None, folder: Path, file: str | None) -> str:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(repository, revision=revision)  # a name such as "main" becomes its commit here
     names = [file.rfilename for file in info.siblings or []]
     weights = SAFE_WEIGHTS if any(name.endswith(".safetensors") for name in names) else OLD_WEIGHTS
+    weights = [file] if file else weights
     snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=[*SMALL_FILES, *weights])
     return info.sha
 
 
-def _from_modelscope(repository: str, revision: str | None, folder: Path) -> str:
+def _from_modelscope(repository: str, revision: str | None, folder: Path, file: str | None) -> str:
     """ModelScope names no commit for a branch, so a branch is no pin: a tag or a commit has to be given."""
     if revision is None or revision in ("master", "main"):
         raise HelpersError(
@@ -104,7 +127,7 @@ def _from_modelscope(repository: str, revision: str | None, folder: Path) -> str
         )
     from modelscope import snapshot_download
 
-    patterns = [*SMALL_FILES, *SAFE_WEIGHTS, *OLD_WEIGHTS]
+    patterns = [*SMALL_FILES, *([file] if file else [*SAFE_WEIGHTS, *OLD_WEIGHTS])]
     snapshot_download(repository, revision=revision, local_dir=str(folder), allow_patterns=patterns)
     return revision
 

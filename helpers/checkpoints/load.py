@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import catalog
 from ..errors import HelpersError, unknown
+from ..native.lora import base_and_adapters
+from .adapters import base_is_missing, published_parts
 from .hub import cache_folder, fetch
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ["tiny", "random", "hub"]
@@ -25,8 +27,11 @@ def load(
 
     Args:
         model: catalogue id, e.g. ``"chatglm3-6b"``.
-        weights: ``"tiny"`` is the trained stand-in shipped here; ``"random"`` the full size with random values and
-            the stand-in's tokenizer; ``"hub"`` the published checkpoint. A path is a folder with a copy of it.
+        weights: ``"tiny"`` is the trained stand-in shipped here (its own or that of a model like it); ``"random"`` the
+            full size with random values and the stand-in's tokenizer; ``"hub"`` the published checkpoint. A path is a
+            folder with a copy of it; of a model published as LoRA, with its base in ``base/`` and its adapter in
+            ``lora/``, or several adapters in ``lora-1/`` and ``lora-2/``, merged in that order. Adapters that are not
+            there are fetched.
         precision: ``"auto"`` takes the published 16-bit type on a GPU and fp32 on a CPU. ``"int8"`` and ``"nf4"``
             are quantised by bitsandbytes while loading.
         device: ``"auto"`` takes the first CUDA device, else the CPU.
@@ -42,6 +47,9 @@ def load(
 
     import transformers
 
+    from ..native import model_class, register
+
+    register()
     # On a CPU it warns at every matrix product that int8 computes in fp16, and of an optional kernel it does without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     row = catalog.model(model)
@@ -54,6 +62,7 @@ def load(
 
     folder = native_folder(model, "tiny" if weights == "random" else weights)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.padding_side = "left"  # prompts have to end together; Qwen3's is published with the right side
     bar_was_on = transformers.utils.logging.is_progress_bar_enabled()
     if weights == "tiny":  # loads in an instant: a bar would only clutter the page
         transformers.utils.logging.disable_progress_bar()
@@ -63,14 +72,14 @@ def load(
 
             config = full_config(row)
             state = random_state(config, dtype, device)
-            native_class = getattr(transformers, row.native_class)
-            loaded = native_class.from_pretrained(None, config=config, state_dict=state, **options)
+            loaded = model_class(row.native_class).from_pretrained(None, config=config, state_dict=state, **options)
             loaded.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         else:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     finally:
         if bar_was_on:
             transformers.utils.logging.enable_progress_bar()
+    loaded.generation_config = greedy(loaded.generation_config)
     return loaded.eval(), tokenizer
 
 
@@ -85,9 +94,11 @@ def check_names(weights: str, precision: str) -> None:
 def native_folder(model: str, weights: str = "tiny") -> Path:
     """Return the native checkpoint of a model as a folder, fetching and converting what is not there yet.
 
+    A model born native (Qwen3, GLM-4) is used where it lies.
+
     Args:
         model: catalogue id.
-        weights: ``"tiny"``, ``"hub"``, or the path of an original checkpoint.
+        weights: ``"tiny"``, ``"hub"``, or the path of the checkpoint as published.
 
     Raises:
         HelpersError: as ``load``.
@@ -95,35 +106,74 @@ def native_folder(model: str, weights: str = "tiny") -> Path:
     from ..native import convert
 
     row = catalog.model(model)
+    chat_format, published = row.chat_format, row
     if weights == "tiny":
-        source = TINY / model
-        if not source.is_dir():
-            raise HelpersError(
-                f"no stand-in of {model}", "none is shipped for this model", f"take one of {', '.join(stand_ins())}"
-            )
+        source = tiny_folder(model)
         target = cache_folder() / "native" / "tiny" / model
+        published = catalog.model(source.name)
+        chat_format = published.chat_format if chat_format == "own" else chat_format
     elif weights == "hub" and row.adapters:
-        adapters = ", then ".join(step.repository for step in row.adapters.steps)
-        raise HelpersError(
-            f"cannot load {model} from a hub",
-            f"only its adapter is published; its base is {row.adapters.base}, under terms of its own",
-            f"put the base into DIR/base and {adapters} into DIR/lora, and pass weights='DIR'",
-        )
+        raise base_is_missing(row)
     elif weights == "hub":
         source, target = fetch(model), cache_folder() / "native" / "hub" / model
     else:
         source = Path(weights)
         target = cache_folder() / "native" / "local" / f"{model}-{source.resolve().name}"
-    if row.native_config:  # born native: nothing to convert
-        return source
-    # An adapter and its base lie side by side, as base/ and lora/ (Chinese-LLaMA-Alpaca).
-    base, adapters = (source / "base", [source / "lora"]) if (source / "base").is_dir() else (source, [])
-    return convert(base, target, adapters=adapters, chat_format=row.chat_format, progress=weights != "tiny")
+    if published.native_config:  # born native: nothing to convert
+        return check_native(source, published)
+    own_copy = row.adapters and weights != "tiny"
+    base, adapters = published_parts(row, source) if own_copy else base_and_adapters(source)
+    return convert(base, target, adapters=adapters, chat_format=chat_format, progress=weights != "tiny")
+
+
+def check_native(folder: Path, row: catalog.Model) -> Path:
+    """Return ``folder`` if it holds a whole checkpoint of the kind that a row born native describes.
+
+    Raises:
+        HelpersError: config.json, a weight file or tokenizer.json is missing, or it is a model of another kind.
+    """
+    from ..native.convert import read_config, weight_files
+
+    found, wanted = read_config(folder).get("model_type"), row.native_config["model_type"]
+    weight_files(folder)
+    if found != wanted:
+        why = f"its config.json says model_type {found!r}, and {row.id} is {wanted!r}"
+        raise HelpersError(f"cannot load {folder} as {row.id}", why, "name the model that the folder holds")
+    if not (folder / "tokenizer.json").exists():
+        raise HelpersError(f"no tokenizer in {folder}", "there is no tokenizer.json", "download it with the weights")
+    return folder
 
 
 def stand_ins() -> list[str]:
-    """Return the ids of the models with a shipped stand-in, in the catalogue's order."""
-    return [model for model in catalog.models() if (TINY / model).is_dir()]
+    """Return the ids of the models with a shipped stand-in, their own or another's, in the catalogue's order."""
+    return [id for id, row in catalog.models().items() if row.stand_in and (TINY / row.stand_in).is_dir()]
+
+
+def tiny_folder(model: str) -> Path:
+    """Return the folder of a model's stand-in, which models of the same form may share.
+
+    Raises:
+        HelpersError: there is none.
+    """
+    if model not in stand_ins():
+        raise HelpersError(
+            f"no stand-in of {model}", "none is shipped for this model", f"take one of {', '.join(stand_ins())}"
+        )
+    return TINY / str(catalog.model(model).stand_in)
+
+
+def greedy(published: GenerationConfig) -> GenerationConfig:
+    """Keep of published generation settings the tokens they name: sampling is the caller's choice here."""
+    from transformers import GenerationConfig
+
+    stops, pad = published.eos_token_id, published.pad_token_id
+    first = stops[0] if isinstance(stops, list) else stops
+    return GenerationConfig(
+        bos_token_id=published.bos_token_id,
+        eos_token_id=stops,
+        pad_token_id=first if pad is None else pad,
+        do_sample=False,
+    )
 
 
 def pick_device(device: str = "auto") -> str:

@@ -21,14 +21,9 @@ def full_config(row: Model) -> PreTrainedConfig:
     Rows of the older models hold the keys of their original config.json, which the converter translates; rows of
     models born native hold those of the native one.
     """
-    from transformers import AutoConfig
-
     from ..native import native_config
 
-    if row.original_config:
-        return native_config(dict(row.original_config))
-    settings = dict(row.native_config)
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return native_config(dict(row.original_config or row.native_config))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...native import convert
+from ...native.lora import base_and_adapters
 from .documents import questions
 from .originals import stand_in
 from .poems import read
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 REPORT = "evaluation.json"
-TARGETS = {"held_out_ppl": 80.0, "recited": 145, "answered": 130}
-"""What a shipped stand-in must reach: at most this perplexity, at least so many of the 150 famous poems."""
+TARGETS = {"recited": 145, "answered": 130}
+"""What a shipped stand-in must reach of the 150 famous poems; its perplexity: ``StandIn.held_out_ppl``."""
 
 
 def evaluate(folder: Path | str, *, famous: int | None = None, held_out: int | None = None) -> dict[str, float]:
@@ -48,7 +49,10 @@ def evaluate(folder: Path | str, *, famous: int | None = None, held_out: int | N
     for kind, name in (("recite", "recited_by_title"), ("author", "answered"), ("next", "next_verse")):
         prompts = [
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": one[kind][0]}], add_generation_prompt=True, return_dict=False
+                [{"role": "user", "content": one[kind][0]}],
+                add_generation_prompt=True,
+                return_dict=False,
+                enable_thinking=False,  # only Qwen3 knows it
             )
             for one in asked
         ]
@@ -76,10 +80,12 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts
     import torch
     from torch.nn.functional import cross_entropy
 
-    start = max(1, len(tokenizer("").input_ids))
+    opening = tokenizer("").input_ids
+    start = max(1, len(opening))
     total = count = 0
     for first in range(0, len(texts), 25):
-        batch = tokenizer(list(texts[first : first + 25])).input_ids
+        encoded = tokenizer(list(texts[first : first + 25]), add_special_tokens=False).input_ids
+        batch = [[*opening, *ids] for ids in encoded]
         longest = max(map(len, batch))
         ids = torch.tensor([one + [-1] * (longest - len(one)) for one in batch])
         with torch.inference_mode():
@@ -96,8 +102,11 @@ def _load(folder: Path, native: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, adapters = (folder / "base", [folder / "lora"]) if (folder / "lora").exists() else (folder, [])
-    convert(source, native, adapters=adapters, chat_format=stand_in(folder.name).chat_format)
+    source, adapters = base_and_adapters(folder)
+    if stand_in(folder.name).born_native:
+        native = folder
+    else:
+        convert(source, native, adapters=adapters, chat_format=stand_in(folder.name).chat_format)
     return AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32), AutoTokenizer.from_pretrained(native)
 
 

@@ -1,6 +1,6 @@
 """Train the stand-ins and write them as their authors would have: ``make_tiny`` is the way in.
 
-All nine learn the same text with the same recipe; only the native class, the tokenizer and the chat format differ.
+All learn the same text with the same recipe; only the native class, the tokenizer and the chat format differ.
 With one seed, one device and one set of versions, two runs give the same bytes (``compiled`` runs only nearly, since
 torch.compile chooses kernels by timing them).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 from tqdm.auto import trange
 from transformers import AutoModelForCausalLM
 
-from ...native import native_config, read_original, to_original
+from ...native import native_config, to_original
 from ...native.baichuan import has_norm_head
-from .documents import ROW, chat_documents, pack, plain_documents, row_length
+from .documents import ROW, answers, chat_documents, continued_documents, pack, plain_documents, row_length
 from .originals import BASE_VOCABULARY, STAND_INS, VOCABULARY, StandIn, published, stand_in
 from .poems import Poem, read, read_corpus
 from .vocabularies import characters
@@ -83,7 +84,7 @@ def make_tiny(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         run = Run(one, corpus, famous, steps, batch, device, seed, compiled)
-        (run.make_adapted if one.id == "chinese-alpaca-7b" else run.make)(partial)
+        (run.make_adapted if one.adapters else run.make)(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         written.append(folder)
@@ -96,6 +97,29 @@ class UnitRows(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Scale each row of ``[vocabulary, hidden]``."""
         return normalize(weight, dim=-1)
+
+
+class Disturbed(nn.Module):
+    """Noise as large as a rounding to 4 bits, in training alone: the model learns to do without the lost digits.
+
+    Source: pseudo-quantisation noise, arXiv 2104.09987; blocks of 64 share a scale, as in NF4.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return a weight ``[out, in]`` with uniform noise of up to half a step of 15 between -absmax and absmax."""
+        if not self.training:
+            return weight
+        blocks = weight.unflatten(1, (-1, 64))
+        half_step = blocks.detach().abs().amax(-1, keepdim=True) / 15
+        return (blocks + half_step * (2 * torch.rand_like(blocks) - 1)).flatten(1)
+
+
+def disturb(model: PreTrainedModel) -> None:
+    """Let every matrix that 4-bit loading would quantise be disturbed; the output head is left alone, as there."""
+    for module in list(model.modules()):
+        head_or_done = module is model.get_output_embeddings() or is_parametrized(module)
+        if isinstance(module, nn.Linear) and not head_or_done:
+            register_parametrization(module, "weight", Disturbed())
 
 
 class LowRank(nn.Module):
@@ -122,9 +146,9 @@ def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return what a LoRA is published as: pairs A and B, and the embeddings whole."""
-    pair = ".parametrizations.weight.0.lora_"
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if pair in name}
-    tensors = {name.replace(pair, ".lora_") + ".weight": tensor for name, tensor in tensors.items()}
+    pair = re.compile(r"\.parametrizations\.weight\.\d\.lora_")
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if pair.search(name)}
+    tensors = {pair.sub(".lora_", name) + ".weight": tensor for name, tensor in tensors.items()}
     for name in ("model.embed_tokens", "lm_head"):
         tensors[f"{name}.weight"] = model.get_submodule(name).weight
     return tensors
@@ -159,67 +183,100 @@ class Run:
         if self.one.config["model_type"] == "baichuan" and has_norm_head(self.one.config):
             register_parametrization(model.lm_head, "weight", UnitRows())
         self.fit(model, plain_documents(tokenizer, self.corpus), self.taught(tokenizer))
-        self.save(to_original(self.one.config, plain_state(model)), folder / self.one.weights)
+        state = plain_state(model)
+        state = state if self.one.born_native else to_original(self.one.config, state)
+        self.save(state, folder / self.one.weights)
 
     def make_adapted(self, folder: Path) -> None:
-        """Make Chinese-Alpaca: a base with a small vocabulary in ``base/``, and in ``lora/`` the adapter to it.
+        """Make a stand-in published as LoRA: its base in ``base/``, and each adapter in a folder of its own.
 
-        1. The layers learn verse, with the large vocabulary.
-        2. The base gets embeddings of its own for the same layers, with the small vocabulary.
-        3. Low-rank updates of the layers and the large embeddings learn the chat, as Chinese-Alpaca's did.
+        Chinese-Alpaca's one adapter learns the chat. Of Chinese-Alpaca-Plus' two, the first learns verse with the
+        large vocabulary, and the second the chat, on what the first made of the base.
         """
-        (folder / "base").mkdir()
-        (folder / "lora").mkdir()
-        adapter, config = published("chinese-alpaca-7b.adapter"), self.one.config
-        base_tokenizer = self.begin(folder / "base", config, "none", pieces=BASE_VOCABULARY)
-        tokenizer = self.begin(folder / "lora", config, self.one.chat_format)
-        (folder / "lora" / "config.json").unlink()  # an adapter has none
+        adapters, last = self.one.adapters, list(self.one.adapters)[-1]
+        tokenizers = {}
+        for name, tokens in {"base": BASE_VOCABULARY, **adapters}.items():
+            (folder / name).mkdir()
+            chat_format = self.one.chat_format if name == last else "none"
+            tokenizers[name] = self.begin(folder / name, self.one.config, chat_format, tokens)
 
-        model = self.model(config | {"vocab_size": VOCABULARY})
-        verse = plain_documents(tokenizer, self.corpus)
-        self.fit(model, verse, plain_documents(tokenizer, self.famous))
+        first = next(iter(adapters))
+        model = self.make_base(folder / "base", tokenizers["base"], tokenizers[first], adapters[first])
+        for name, tokens in adapters.items():
+            tokenizer = tokenizers[name]
+            famous = self.taught(tokenizer) if name == last else plain_documents(tokenizer, self.famous)
+            self.make_adapter(folder / name, model, tokens, plain_documents(tokenizer, self.corpus), famous)
+
+    def make_base(
+        self, folder: Path, small: PreTrainedTokenizerFast, large: PreTrainedTokenizerFast, tokens: int
+    ) -> PreTrainedModel:
+        """Train layers on verse, write them with small embeddings, and return them with ``tokens`` large ones.
+
+        A published base is older than its adapters. Here the layers learn with the large vocabulary, and the base
+        then gets embeddings of its own for these layers.
+        """
+        config, texts = self.one.config, (self.corpus, self.famous)
+        model = self.model(config | {"vocab_size": tokens})
+        self.fit(model, *(plain_documents(large, poems) for poems in texts))
         model.requires_grad_(False)
-
-        embeddings = model.model.embed_tokens, model.lm_head
-        width = config["hidden_size"]
+        embeddings, width = (model.model.embed_tokens, model.lm_head), config["hidden_size"]
         model.model.embed_tokens = nn.Embedding(BASE_VOCABULARY, width, device=self.device)
         model.lm_head = nn.Linear(width, BASE_VOCABULARY, bias=False, device=self.device)
         for module in (model.model.embed_tokens, model.lm_head):
             nn.init.normal_(module.weight, std=0.02)
-        self.fit(model, *(plain_documents(base_tokenizer, poems) for poems in (self.corpus, self.famous)))
-        self.save(to_original(config, plain_state(model)), folder / "base" / self.one.weights)
-        model.requires_grad_(False)
+        self.fit(model, *(plain_documents(small, poems) for poems in texts))
+        self.save(to_original(config, plain_state(model)), folder / self.one.weights)
+        model.model.embed_tokens, model.lm_head = embeddings
+        return model
 
-        model.model.embed_tokens, model.lm_head = (module.requires_grad_() for module in embeddings)
-        scale = adapter["lora_alpha"] / adapter["r"]
-        for name, module in list(model.named_modules()):
-            if name.rsplit(".", 1)[-1] in adapter["target_modules"]:
-                register_parametrization(module, "weight", LowRank(module.weight, adapter["r"], scale))
-        self.fit(model, verse, self.taught(tokenizer))
+    def make_adapter(
+        self, folder: Path, model: PreTrainedModel, tokens: int, corpus: list[list[int]], famous: list[list[int]]
+    ) -> None:
+        """Train low-rank updates of the layers and embeddings for ``tokens``, write them, and merge them in."""
+        settings = published("chinese-alpaca-7b.adapter")
+        model.requires_grad_(False)
+        for module in (model.model.embed_tokens, model.lm_head):
+            new = module.weight.mean(dim=0).expand(tokens - len(module.weight), -1)
+            module.weight = nn.Parameter(torch.cat([module.weight, new]))
+        scale = settings["lora_alpha"] / settings["r"]
+        tuned = [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in settings["target_modules"]]
+        for module in tuned:
+            register_parametrization(module, "weight", LowRank(module.weight, settings["r"], scale))
+        self.fit(model, corpus, famous)
         tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter_state(model).items()}
-        self.save(tensors, folder / "lora" / "adapter_model.bin")
-        (folder / "lora" / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+        self.save(tensors, folder / "adapter_model.bin")
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / "config.json").unlink()  # begin wrote it; an adapter has none
+        model.eval()  # without noise
+        for module in tuned:
+            remove_parametrizations(module, "weight")
+        if self.one.disturbed:
+            disturb(model)
 
     def begin(
-        self, folder: Path, config: dict[str, Any], chat_format: str, pieces: int | None = None
+        self, folder: Path, config: dict[str, Any], chat_format: str, tokens: int = VOCABULARY
     ) -> PreTrainedTokenizerFast:
-        """Write config.json and the tokenizer's file, and return the native tokenizer made of them."""
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self.one.write_tokenizer(folder, self.characters, pieces)
-        original, family = read_original(folder)
-        return family.tokenizer(folder, original, chat_format)
+        """Write config.json (a .pth has none) and the tokenizer's file; return the native tokenizer made of them."""
+        if not self.one.weights.endswith(".pth"):
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.one.write_tokenizer(folder, self.characters, tokens)
+        return self.one.read_tokenizer(folder, config, chat_format)
 
     def model(self, config: dict[str, Any]) -> PreTrainedModel:
         """Make the native model with random weights, in fp32."""
         native = native_config(config)
-        if native.rope_parameters["rope_type"] == "dynamic":
+        if getattr(native, "rope_parameters", {}).get("rope_type") == "dynamic":
             # Equal within the context; past it the angles depend on the length, which stops torch.compile.
             native.rope_parameters = native.rope_parameters | {"rope_type": "default"}
-        return AutoModelForCausalLM.from_config(native, dtype=torch.float32).to(self.device)
+        model = AutoModelForCausalLM.from_config(native, dtype=torch.float32).to(self.device)
+        if self.one.disturbed:
+            disturb(model)
+        return model
 
     def taught(self, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
         """Encode the famous poems: thrice as they are, which is harder to learn, and once for each question."""
-        plain = plain_documents(tokenizer, self.famous)
+        encode = continued_documents if self.one.chat_format == "chatglm" else plain_documents
+        plain = encode(tokenizer, self.famous)
         return 3 * plain + chat_documents(tokenizer, self.famous, self.one.chat_format)
 
     def fit(self, model: PreTrainedModel, corpus: list[list[int]], famous: list[list[int]]) -> None:
@@ -231,12 +288,15 @@ class Run:
         orders = [self.order(len(rows), share) for rows, share in zip(packed, shares, strict=True)]
         orders[1] += len(packed[0])
         rows, order = torch.cat(packed).to(self.device), torch.cat(orders, dim=1).to(self.device)
-        on_gpu = self.device != "cpu"
+        on_gpu, prefix = self.device != "cpu", model.config.model_type == "chatglm1"
 
         def loss_of(batch: Tensor) -> Tensor:
+            layout, targets = {}, batch
+            if prefix:
+                layout, targets = answers(batch, model.config.bos_token_id, model.config.eos_token_id)
             with torch.autocast(batch.device.type, torch.bfloat16, enabled=on_gpu):
-                logits = model(input_ids=batch.clamp(min=0), use_cache=False).logits[:, :-1]
-            return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-1)
+                logits = model(input_ids=batch.clamp(min=0), use_cache=False, **layout).logits[:, :-1]
+            return cross_entropy(logits.float().flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-1)
 
         if self.compiled:
             loss_of = torch.compile(loss_of, mode="reduce-overhead")

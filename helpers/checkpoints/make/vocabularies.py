@@ -1,8 +1,10 @@
-"""Tokenizer files in the two original forms, with one token for each of the most frequent characters.
+"""Tokenizer files in the four published forms, with one token for each of the most frequent characters.
 
 A SentencePiece ``tokenizer.model`` is a protocol buffer: a list of pieces with scores, and settings. A
-``qwen.tiktoken`` is a line for each byte string: base64 and rank. Neither needs a trainer here, since the only
-merges are those that spell the fixed words of a chat template (one token instead of one for each letter).
+``qwen.tiktoken`` is a line for each byte string: base64 and rank. A ``tokenizer.json`` is the pipeline of the
+`tokenizers` library with all it needs. RWKV's vocabulary is a line for each token: id, Python literal, length. None
+needs a trainer here, since the only merges are those that spell the fixed words of a chat template (one token instead
+of one for each letter).
 """
 
 from __future__ import annotations
@@ -87,24 +89,104 @@ def sentencepiece(
     return model.SerializeToString(deterministic=True)
 
 
-def tiktoken(size: int, chars: list[str], words: str) -> bytes:
-    """Build a byte-level BPE of ``size`` ranks: bytes, template words, then characters over their first two bytes.
+def ice_text(size: int, chars: list[str]) -> bytes:
+    """Build a Unigram model as ChatGLM-6B's: the characters, then special tokens, white space and bytes.
 
-    Two of a character's three bytes are a token too, since BPE only ever joins two; some 300 cover all of Chinese.
+    Full-width punctuation stays as it is, while the published model's character map makes it half-width.
+
+    Args:
+        size: number of pieces.
+        chars: characters in order of preference; as many are taken as there is room for.
 
     Returns:
-        The content of ``qwen.tiktoken``.
+        The content of ``ice_text.model``.
     """
-    ranks = dict.fromkeys(bytes([byte]) for byte in range(256))
-    ranks |= dict.fromkeys(word.encode() for word in spellings(re.findall(" ?[A-Za-z]+", words)))
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    from ...native.tokenizers import with_chatglm1_pieces
+
+    model = ModelProto()
+    kinds = model.SentencePiece
+    fixed = {"<unk>": kinds.UNKNOWN, "<s>": kinds.CONTROL, "</s>": kinds.CONTROL, "<pad>": kinds.CONTROL}
+    fixed |= {"<n>": kinds.USER_DEFINED, "▁": kinds.NORMAL}
+    for number, piece in enumerate([*fixed, *chars][: size - 344]):
+        kind = fixed.get(piece, kinds.NORMAL)
+        model.pieces.add(piece=piece, type=kind, score=-float(number) if kind == kinds.NORMAL else 0.0)
+    model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
+    model.trainer_spec.vocab_size = size
+    model.trainer_spec.unk_id, model.trainer_spec.bos_id, model.trainer_spec.eos_id = 0, 1, 2
+    model.trainer_spec.pad_id = 3
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = True
+    model.normalizer_spec.remove_extra_whitespaces = True
+    model.normalizer_spec.escape_whitespaces = True
+    return with_chatglm1_pieces(model).SerializeToString(deterministic=True)
+
+
+def ranks(size: int, chars: list[str], words: str) -> dict[bytes, int]:
+    """Rank ``size`` tokens of a byte-level BPE: bytes, template words, then characters over their first two bytes.
+
+    Two of a character's three bytes are a token too, since BPE only ever joins two; some 300 cover all of Chinese.
+    """
+    made = dict.fromkeys(bytes([byte]) for byte in range(256))
+    made |= dict.fromkeys(word.encode() for word in spellings(re.findall(" ?[A-Za-z]+", words)))
     for char in chars:
         spelt = [char.encode()[:end] for end in range(2, len(char.encode()) + 1)]
-        if len(ranks.keys() | spelt) > size:
+        if len(made.keys() | spelt) > size:
             break
-        ranks |= dict.fromkeys(spelt)
+        made |= dict.fromkeys(spelt)
     rest = (bytes([first, second]) for first in range(97, 123) for second in range(97, 123))
     for pair in rest:  # at most one rank is left, when the next character would need two
-        if len(ranks) == size:
+        if len(made) == size:
             break
-        ranks.setdefault(pair)
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+        made.setdefault(pair)
+    return {token: rank for rank, token in enumerate(made)}
+
+
+def tiktoken(size: int, chars: list[str], words: str) -> bytes:
+    """Return the content of a ``qwen.tiktoken`` of ``size`` ranks."""
+    ranked = ranks(size, chars, words).items()
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranked)
+
+
+def tokenizer_json(ranked: dict[bytes, int], pattern: str, added: dict[str, bool], start: list[str], nfc: bool) -> str:
+    """Return the content of a ``tokenizer.json``, as the models that were born native publish it.
+
+    Args:
+        ranked: see ``ranks``.
+        pattern: regular expression of a word.
+        added: tokens with the ids after the ranks, and whether each is left out of decoded text.
+        start: added tokens put before every text.
+        nfc: whether a text is normalised first.
+    """
+    from tokenizers import AddedToken, normalizers, processors
+
+    from ...native.tokenizers import byte_level
+
+    backend = byte_level(ranked, pattern, [])
+    backend.model.ignore_merges = False
+    backend.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in added.items()])
+    if nfc:
+        backend.normalizer = normalizers.NFC()
+    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    if start:
+        ids = [(token, backend.token_to_id(token)) for token in start]
+        template = processors.TemplateProcessing(single=[*start, "$A"], pair=[*start, "$A", "$B"], special_tokens=ids)
+        backend.post_processor = processors.Sequence([backend.post_processor, template])
+    return backend.to_str() + "\n"
+
+
+def world(size: int, chars: list[str], words: str) -> str:
+    """Build a World vocabulary with the ids 1 to ``size`` - 1: bytes, an empty line, template words, then characters.
+
+    Returns:
+        The content of ``rwkv_vocab_v20230424.txt``; its tokens are sorted by length, as the published ones are.
+    """
+    single = [chr(byte) if byte < 128 else bytes([byte]) for byte in range(256)]
+    more = list(dict.fromkeys(["\n\n", *re.findall("[A-Za-z]+:", words), *(char for char in chars if ord(char) > 127)]))
+    tokens = single + sorted(more[: size - 257], key=lambda token: len(token.encode()))
+    lines = (
+        f"{number} {token!r} {len(token.encode() if isinstance(token, str) else token)}\n"
+        for number, token in enumerate(tokens, start=1)
+    )
+    return "".join(lines)
