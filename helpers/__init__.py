@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers read
     from . import catalog
     from .checkpoints import load
+    from .decode import FastDecoder
     from .errors import HelpersError
     from .generate import chat, complete, stream
     from .memory import free, generation_speed, measure, memory_parts, preflight
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
 
 _MODULES = {
     "load": ".checkpoints",
+    "FastDecoder": ".decode",
     "HelpersError": ".errors",
     **dict.fromkeys(["chat", "complete", "stream"], ".generate"),
     **dict.fromkeys(["free", "generation_speed", "measure", "memory_parts", "preflight"], ".memory"),
@@ -27,6 +29,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "FastDecoder",
     "HelpersError",
     "catalog",
     "chat",

@@ -121,15 +121,25 @@ def measure_models(
     weights: Annotated[str, typer.Option(help="tiny, random, hub or a folder")] = "random",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 128,
+    prompt_tokens: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated; 128 if left out")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 64,
+    decoding: Annotated[list[str] | None, typer.Option(help="default, static or compiled; may be repeated")] = None,
 ) -> None:
-    """Measure memory and speed of models x precisions; goes on where it was stopped."""
+    """Measure memory and speed of models x precisions x lengths; goes on where it was stopped."""
     from .memory.matrix import measure_matrix
 
-    lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     output.parent.mkdir(parents=True, exist_ok=True)
-    measure_matrix(models, precision or ["auto"], output, weights=weights, device=device, batch=batch, **lengths)
+    measure_matrix(
+        models,
+        precision or ["auto"],
+        output,
+        weights=weights,
+        device=device,
+        batch=batch,
+        prompt_tokens=prompt_tokens or [128],
+        new_tokens=new_tokens,
+        decodings=decoding or ["default"],
+    )
 
 
 @app.command()

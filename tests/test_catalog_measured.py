@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
-from helpers.catalog import measured, table
+from helpers.catalog import measured, recorded
 from helpers.catalog.measured import FOLDER, MeasuredRow, read_measured
 from helpers.errors import HelpersError
 
@@ -19,6 +20,7 @@ ROW = {
     "weights": "random",
     "precision": "bf16",
     "engine": "transformers",
+    "decoding": "default",
     "batch": 1,
     "prompt_tokens": 128,
     "new_tokens": 128,
@@ -30,7 +32,7 @@ ROW = {
 }
 DEVICE_ROW = (
     ROW
-    | dict.fromkeys(["model", "weights", "precision", "batch", "prompt_tokens", "new_tokens"])
+    | dict.fromkeys(["model", "weights", "precision", "decoding", "batch", "prompt_tokens", "new_tokens"])
     | {
         "name": "bandwidth",
         "unit": "GB/s",
@@ -88,6 +90,7 @@ def test_the_same_figure_twice_on_one_day_is_refused(tmp_path):
         ({"batch": 0}, "line 2.batch: .*greater than 0"),
         ({"date": "2999-01-01"}, "line 2.date: .*future"),
         ({"engine": "llama.cpp"}, "line 2.engine: .*vllm"),
+        ({"decoding": "eager"}, "line 2.decoding: .*static"),
     ],
 )
 def test_a_bad_line_is_refused_by_file_line_and_field(tmp_path, change, place):
@@ -108,11 +111,13 @@ def test_a_line_that_is_no_object_is_refused(tmp_path, line):
         read_measured(tmp_path)
 
 
-def test_a_table_has_the_columns_asked_for(tmp_path):
-    rows = read_measured(write(tmp_path, ROW, ROW | {"precision": "nf4", "value": 29.4}))
-    frame = table(rows, "precision", "value")
-    assert list(frame.columns) == ["precision", "value"]
-    assert frame.values.tolist() == [["bf16", 12.4], ["nf4", 29.4]]
-    assert "unit" in table(rows).columns
-    with pytest.raises(HelpersError, match="unknown field of a measured row 'speed'"):
-        table(rows, "speed")
+def test_recorded_lays_the_figures_of_one_setting_side_by_side(tmp_path, monkeypatch):
+    speed = ROW | {"name": "decode_speed", "unit": "tokens/s", "value": 12.348}
+    rows = read_measured(write(tmp_path, ROW | {"name": "allocated_peak"}, speed, speed | {"precision": "nf4"}))
+    monkeypatch.setattr(sys.modules["helpers.catalog.measured"], "_catalogue", lambda: rows)
+    frame = recorded(ROW["model"])
+    assert frame["precision"].tolist() == ["bf16", "nf4"]
+    assert frame["decode (tokens/s)"].tolist() == [12.35, 12.35]
+    assert frame["peak (GiB)"].tolist()[0] == ROW["value"] and frame["peak (GiB)"].isna().tolist() == [False, True]
+    with pytest.raises(HelpersError, match="unknown model 'qwen7b'"):
+        recorded("qwen7b")

@@ -67,3 +67,30 @@ def test_complete_continues_without_a_template(model, tokenizer):
 def test_the_default_is_256_tokens_and_counts_against_the_context(model, tokenizer):
     with pytest.raises(HelpersError, match="306 tokens are too many"):
         complete(model, tokenizer, "a" * 50)
+
+
+def test_a_role_that_the_template_refuses_is_told_in_one_line(model, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ raise_exception('no role ' ~ m.role ~ '\n, only user') }}{% endfor %}"
+    )
+    for talk in (chat, stream):
+        with pytest.raises(HelpersError, match=r"cannot write these messages.*no role narrator , only user") as caught:
+            talk(model, tokenizer, [{"role": "narrator", "content": "a"}])
+        assert "\n" not in str(caught.value)
+
+
+def test_the_template_gets_its_own_settings(model, tokenizer):
+    tokenizer.chat_template = "{{ 'a' if enable_thinking is false else 'b' }}{{ tools | length if tools else '' }}"
+    said = by_hand(model, tokenizer, "a", 9)
+    assert said != by_hand(model, tokenizer, "b", 9), "the two prompts give one answer: this test sees nothing"
+    assert chat(model, tokenizer, "你好", template={"enable_thinking": False}, max_new_tokens=9) == said
+    assert stream(model, tokenizer, "你好", {"enable_thinking": False}, max_new_tokens=9) == said
+
+
+def test_an_answer_ends_at_a_stop_string(model, tokenizer):
+    whole = complete(model, tokenizer, "abc", max_new_tokens=20)
+    stop = whole[3:5]
+    ended = complete(model, tokenizer, "abc", max_new_tokens=20, stop_strings=[stop])
+    assert ended == whole[: whole.index(stop) + len(stop)] != whole
+    prompt = {"max_new_tokens": 20, "stop_strings": [chat(model, tokenizer, "你好", max_new_tokens=20)[3:5]]}
+    assert chat(model, tokenizer, "你好", **prompt) == stream(model, tokenizer, "你好", **prompt)

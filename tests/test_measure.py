@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers import FastDecoder
 from helpers.errors import HelpersError
 from helpers.memory.bandwidth import copy_bandwidth, matmul_rate
 from helpers.memory.measure import FIGURES, GIB, SAMPLE_SECONDS, Used, _nvml, measure
@@ -125,11 +126,35 @@ def test_generation_runs_to_full_length_although_all_tokens_but_one_are_stops():
     assert speed.bytes_per_step == weight_bytes_read(model) + 3 * (8 + 3) * kv_bytes_per_token(model)
 
 
+def test_static_decoding_runs_the_decoder_to_full_length(monkeypatch):
+    model, made = small_model(), []
+
+    class Watched(FastDecoder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+            self.steps = 0
+
+        def _step(self):
+            self.steps += 1
+            super()._step()
+
+    monkeypatch.setattr("helpers.decode.FastDecoder", Watched)
+    speed = generation_speed(model, prompt_tokens=8, new_tokens=6, batch=3, decoding="static")
+    (decoder,) = made
+    assert (decoder.length, decoder.batch, decoder.steps) == (14, 3, 4 * 5)  # a warm-up and three runs
+    assert {one["decoding"] for one in speed.figures()} == {"static"}
+    assert speed.bytes_per_step == weight_bytes_read(model) + 3 * (8 + 3) * kv_bytes_per_token(model)
+    assert {one["decoding"] for one in generation_speed(model, 8, 6).figures()} == {"default"}
+
+
 def test_speed_refuses_what_it_cannot_time():
     with pytest.raises(HelpersError, match="new_tokens=1"):
         generation_speed(small_model(), new_tokens=1)
     with pytest.raises(HelpersError, match="65 tokens are too many"):
         generation_speed(small_model(), prompt_tokens=60, new_tokens=5)
+    with pytest.raises(HelpersError, match=r"unknown decoding 'fast'.*Valid: default, static, compiled"):
+        generation_speed(small_model(), 8, 6, decoding="fast")
 
 
 def test_mbu_follows_its_definition():

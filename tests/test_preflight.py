@@ -22,7 +22,7 @@ SHAPE = TransformerShape(
 )  # fmt: skip
 ROW = SimpleNamespace(
     id="m", shape=SHAPE, parameters=sum(SHAPE.count_parameters().values()), weight_bytes=12_487_168_064, dtype="fp16",
-    native_config=None,
+    native_config=None, largest_file=None, stand_in=None,
 )  # fmt: skip
 
 
@@ -44,6 +44,12 @@ def machine(monkeypatch, tmp_path):
 
 def rows(result):
     return {need.what: need for need in result.needs}
+
+
+def test_largest_shard_is_the_catalogues_where_it_knows_it():
+    known = SimpleNamespace(**vars(ROW) | {"largest_file": 1_968_299_544})
+    assert model_size(known, "hub").shard == 1_968_299_544
+    assert model_size(ROW, "hub").shard == 10 * 10**9
 
 
 def test_sizes_of_a_published_model():

@@ -202,7 +202,7 @@ def test_ctrl_c_stops_the_kernel_and_leaves_a_page(here):
             time.sleep(0.2)
         kernel = psutil.Process(int(note.read_text()))
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130

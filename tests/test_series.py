@@ -1,6 +1,7 @@
 """Every notebook of the series: its shape (CONTRIBUTING.md), its stored outputs, and runs with other parameters."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -22,11 +23,21 @@ OTHER_PARAMETERS = {
     "04": {"model": "baichuan-7b", "precision": "nf4"},
     "05": {"precision": "int8"},
     "06": {"precision": "nf4"},
+    "11": {"model": "internlm2-7b", "precision": "nf4"},
 }
 """Beginning of a notebook's name -> what it must also run with, beside its defaults. Notebooks not there yet wait."""
 
 MAX_LINES = 22
 """Most lines of a code cell; 15 is the aim, but the formatter gives each imported name its own."""
+
+COLAB = """\
+# On Colab only: take the series and what Colab lacks. Elsewhere `make setup` has done it.
+import sys
+
+if "google.colab" in sys.modules:
+    !git clone --quiet --depth 1 --branch v{version} {address} series
+    %cd series
+    !pip install --quiet --no-deps -r env/colab/requirements.txt"""
 
 IGNORED = "nbval-ignore-output"
 TAGS = {"parameters", IGNORED}
@@ -215,6 +226,15 @@ def test_notebook_keeps_the_rules(path):
     book = nbformat.read(path, as_version=4)
     nbformat.validate(book)
     assert problems(book) == []
+
+
+@pytest.mark.parametrize("path", SERIES, ids=name)
+def test_badge_and_colab_cell_name_this_repository_and_release(path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address, cells = project["urls"]["Repository"], nbformat.read(path, as_version=4).cells
+    page = f"{address.removeprefix('https://github.com/')}/blob/main/notebooks/{path.name}"
+    assert f"(https://colab.research.google.com/github/{page})" in cells[0].source
+    assert cells[1].source == COLAB.format(address=address, version=project["version"])
 
 
 OTHERS = [(path, given) for start, given in OTHER_PARAMETERS.items() for path in SERIES if path.name.startswith(start)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from ..errors import unknown
+from .models import model as get_model
 from .models import models
 from .read import Day, Fact, fault, reason
 
@@ -30,6 +30,9 @@ class MeasuredRow(Fact):
         unit: GiB is 2**30 bytes, GB/s is 10**9 bytes a second; TFLOPS is dense.
         definition: in a few words what is counted: which memory, which part of the run, over how many repeats.
         model: id in the catalogue; null for a figure of the device alone, as are the fields up to ``new_tokens``.
+        decoding: how transformers wrote the answer: ``"default"`` is ``generate`` with its growing KV cache,
+            ``"static"`` and ``"compiled"`` are ``helpers.FastDecoder``; null where nothing was written, and for other
+            engines.
         batch: sequences at a time. ``prompt_tokens`` and ``new_tokens`` are per sequence.
         device: as NVML names it, or the processor's name. ``driver``: its version; null for a processor.
         versions: of the libraries that matter, at least one, e.g. ``{"torch": "2.13.0"}``.
@@ -44,6 +47,7 @@ class MeasuredRow(Fact):
     weights: Literal["tiny", "random", "hub"] | None
     precision: Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4", "gptq-int8", "gptq-int4", "awq-int4"] | None
     engine: Literal["transformers", "vllm", "torch"]
+    decoding: Literal["default", "static", "compiled"] | None
     batch: PositiveInt | None
     prompt_tokens: PositiveInt | None
     new_tokens: PositiveInt | None
@@ -74,23 +78,33 @@ def measured(**filters: Any) -> list[MeasuredRow]:
     return [row for row in _catalogue() if all(_agrees(getattr(row, key), want) for key, want in filters.items())]
 
 
-def table(rows: Iterable[MeasuredRow], *fields: str) -> DataFrame:
-    """Lay rows out as a table, one line a row, for the last line of a notebook cell.
+def recorded(model: str) -> DataFrame:
+    """Lay out what was measured of a model at full size: a line for each setting, a column for each figure.
 
     Args:
-        rows: of ``measured()``.
-        fields: columns; without any, the model, its circumstances, name, value and unit.
+        model: catalogue id.
+
+    Returns:
+        Peak memory of prefill and decode in GiB, speeds in tokens/s, rounded to two places; a gap is not measured.
 
     Raises:
-        HelpersError: no such field.
+        HelpersError: no such model.
     """
     import pandas as pd
 
-    columns = fields or ("model", "precision", "engine", "batch", "device", "name", "value", "unit")
-    for field in columns:
-        if field not in MeasuredRow.model_fields:
-            raise unknown("field of a measured row", field, list(MeasuredRow.model_fields))
-    return pd.DataFrame([[getattr(row, field) for field in columns] for row in rows], columns=list(columns))
+    get_model(model)
+    setting = ["precision", "engine", "decoding", "batch", "prompt_tokens", "new_tokens", "device", "date"]
+    figures = {
+        "allocated_peak": "peak (GiB)",
+        "prefill_speed": "prefill (tokens/s)",
+        "decode_speed": "decode (tokens/s)",
+    }
+    rows = measured(model=model, weights=["random", "hub"], name=list(figures))
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(getattr(row, field) for field in setting)
+        lines.setdefault(key, dict(zip(setting, key, strict=True)))[figures[row.name]] = round(row.value, 2)
+    return pd.DataFrame(list(lines.values()), columns=[*setting[:6], *figures.values(), *setting[6:]])
 
 
 def read_measured(folder: Path = FOLDER) -> list[MeasuredRow]:

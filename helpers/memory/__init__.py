@@ -1,19 +1,23 @@
 """How much memory and time a step took (measure, speed), and whether a run will fit (preflight)."""
 
 from .bandwidth import copy_bandwidth, matmul_rate
+from .context import AtLength, decode_against_length, transformer_twin
 from .measure import Used, free, measure, memory_parts
 from .preflight import Preflight, preflight
 from .speed import Speed, generation_speed
 
 __all__ = [
+    "AtLength",
     "Preflight",
     "Speed",
     "Used",
     "copy_bandwidth",
+    "decode_against_length",
     "free",
     "generation_speed",
     "matmul_rate",
     "measure",
     "memory_parts",
     "preflight",
+    "transformer_twin",
 ]

@@ -1,19 +1,31 @@
-"""The measured table: models x precisions, one point after another, each written down as soon as it is known."""
+"""The measured table: models x precisions x lengths, one point after another, each written down as soon as known."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import catalog
 from ..checkpoints.load import check_names, load
-from ..errors import HelpersError
+from ..errors import HelpersError, unknown
 from ..report.record import common, figure, format_value, measured_row
 from .measure import GIB, free, measure
-from .speed import generation_speed
+from .speed import DECODING, generation_speed
 
 SOURCE = "python -m helpers measure"
+TOO_MUCH = (HelpersError, MemoryError, RuntimeError)  # torch's out-of-memory error is a RuntimeError
+
+
+PEAK = {
+    "allocated_peak": {
+        "definition": "most VRAM in live tensors while the prompt was read and the answer written, weights included "
+        "(torch.cuda.max_memory_allocated)"
+    }
+}
+"""What ``FIGURES`` calls a block is said here, as this is the figure that tables of memory over length are made of."""
 
 
 def measure_matrix(
@@ -24,72 +36,100 @@ def measure_matrix(
     weights: str = "random",
     device: str = "auto",
     batch: int = 1,
-    prompt_tokens: int = 128,
-    new_tokens: int = 128,
+    prompt_tokens: Sequence[int] = (128,),
+    new_tokens: int = 64,
+    decodings: Sequence[str] = ("default",),
 ) -> None:
     """Measure every point that ``output`` does not hold yet, and append its rows.
 
-    A point is one model in one precision: it is loaded, and prefill and decode are timed at the given batch and
-    lengths. One that does not fit on the device is reported and left out; the others go on.
+    A model is loaded once in each precision; a point is one prompt length and one way of decoding, at which speed and
+    peak memory are measured. What does not fit, the model's context included, is reported and left out.
 
     Args:
         models: catalogue ids.
         precisions: as ``load``.
         output: file of JSON lines in the form of ``helpers.catalog.MeasuredRow``.
         weights, device: as ``load``.
-        batch, prompt_tokens, new_tokens: as ``generation_speed``.
+        batch, new_tokens: as ``generation_speed``.
+        prompt_tokens, decodings: one or several, as ``generation_speed``.
 
     Raises:
         HelpersError: an unknown name, before anything is measured.
     """
     import transformers  # noqa: F401 - before the clock starts: its import belongs to no point
 
+    for model in models:
+        catalog.model(model)
     for precision in precisions:
         check_names(weights, precision)
-    points = [(model, precision) for model in models for precision in precisions]
-    for number, (model, precision) in enumerate(points, start=1):
-        about = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    for decoding in decodings:
+        if decoding not in DECODING:
+            raise unknown("decoding", decoding, list(DECODING))
+    sizes = {"batch": batch, "new_tokens": new_tokens}
+    points = [sizes | {"prompt_tokens": length, "decoding": how} for length in prompt_tokens for how in decodings]
+    for model, precision in itertools.product(models, precisions):
         common(model=model, weights=weights, precision=precision, engine="transformers")
-        print(f"[{number}/{len(points)}] {model} {precision}: ", end="", flush=True)
-        if _done(output, about):
-            print("measured already")
-            continue
+        print(f"{model} {precision}", flush=True)
+        missing = [point for point in points if not _done(output, "tpot", point)]
+        if not missing:
+            print("  measured already")
+        todo = [point for point in missing if _fits_context(model, weights, point)]
         try:
-            figures = _measure_point(model, weights, precision, device, about)
-        except (HelpersError, MemoryError, RuntimeError) as error:  # torch's out-of-memory error is a RuntimeError
-            print(f"left out: {str(error).splitlines()[0]}")
-            free()
-            continue
-        with output.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(measured_row(one, SOURCE), ensure_ascii=False) + "\n" for one in figures)
-        shown = [one for one in figures if one["name"] in ("weights", "allocated_peak", "decode_speed")]
-        print(", ".join(f"{one['name']} {format_value(one['value'])} {one['unit']}" for one in shown))
+            if todo:
+                _measure_model(model, weights, precision, device, todo, output)
+        except TOO_MUCH as error:
+            print(f"  not loaded: {str(error).splitlines()[0]}")
+        free()
 
 
-def _measure_point(
-    model: str, weights: str, precision: str, device: str, about: dict[str, int]
-) -> list[dict[str, Any]]:
-    """Load one model, time it, and free it again; return the figures."""
+def _measure_model(
+    model: str, weights: str, precision: str, device: str, points: list[dict[str, Any]], output: Path
+) -> None:
+    """Load one model, write down what that took unless the file says so already, and measure its points."""
     with measure("load") as loading:
         lm, _ = load(model, weights, precision, device)
-    with measure("generate") as generating:
-        speed = generation_speed(lm, **about)
-    size = lm.get_memory_footprint() / GIB
-    what = "bytes of all parameters and buffers as loaded, quantised ones packed"
-    figures = [
-        figure("weights", size, "GiB", machine=True, definition=what),
-        *(figure(**one) for one in loading.figures("load") if one["name"] in ("load_seconds", "load_allocated_peak")),
-        *(figure(**(one | about)) for one in generating.figures() if one["name"] != "seconds"),
-        *(figure(**one) for one in speed.figures()),
-    ]
-    del lm
-    free()
-    return figures
+    if not _done(output, "weights", {}):
+        size, what = (
+            lm.get_memory_footprint() / GIB,
+            "bytes of all parameters and buffers as loaded, quantised ones packed",
+        )
+        taken = [one for one in loading.figures("load") if one["name"] in ("load_seconds", "load_allocated_peak")]
+        _append(output, [figure("weights", size, "GiB", True, definition=what), *(figure(**one) for one in taken)])
+    for point in points:
+        print(f"  {point['prompt_tokens']} + {point['new_tokens']} tokens, {point['decoding']}: ", end="", flush=True)
+        try:
+            with measure("generate") as generating:
+                speed = generation_speed(lm, **point)
+            used = [one for one in generating.figures() if one["name"] != "seconds"]
+            figures = [figure(**(one | point | PEAK.get(one["name"], {}))) for one in used]
+            figures += [figure(**one) for one in speed.figures()]
+            _append(output, figures)
+            shown = [one for one in figures if one["name"] in ("allocated_peak", "decode_speed")]
+            print(", ".join(f"{one['name']} {format_value(one['value'])} {one['unit']}" for one in shown))
+        except TOO_MUCH as error:
+            print(f"left out: {str(error).splitlines()[0]}")
+        free()
 
 
-def _done(output: Path, about: dict[str, int]) -> bool:
-    """Tell whether the file holds this point's time per output token, the last figure that is written."""
-    wanted = figure("tpot", 0, **about)
-    point = {key: wanted[key] for key in ("name", "model", "weights", "precision", "device", *about)}
+def _append(output: Path, figures: list[dict[str, Any]]) -> None:
+    """Add a point's rows at once: all of them or, when one does not hold, none."""
+    lines = "".join(json.dumps(measured_row(one, SOURCE), ensure_ascii=False) + "\n" for one in figures)
+    with output.open("a", encoding="utf-8") as file:
+        file.write(lines)
+
+
+def _done(output: Path, name: str, point: dict[str, Any]) -> bool:
+    """Tell whether the file holds this figure of this point; ``tpot`` is the last that is written."""
+    wanted = figure(name, 0, **point)
+    about = {key: wanted[key] for key in ("name", "model", "weights", "precision", "device", *point)}
     lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    return any(point.items() <= json.loads(line).items() for line in lines if '"tpot"' in line)
+    return any(about.items() <= json.loads(line).items() for line in lines if f'"{name}"' in line)
+
+
+def _fits_context(model: str, weights: str, point: dict[str, Any]) -> bool:
+    """Tell whether the model was made for that many tokens, and say so if not; a stand-in's context is its own."""
+    tokens, context = point["prompt_tokens"] + point["new_tokens"], catalog.model(model).context
+    if weights == "tiny" or tokens <= context:
+        return True
+    print(f"  {point['prompt_tokens']} + {point['new_tokens']} tokens: left out, its context ends at {context}")
+    return False

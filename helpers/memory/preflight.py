@@ -12,6 +12,7 @@ from ..checkpoints.hub import cache_folder
 from ..checkpoints.load import TINY, check_names, pick_device, pick_dtype
 from ..errors import HelpersError
 from ..report.table import Table
+from .speed import kv_values_per_token
 
 if TYPE_CHECKING:
     from ..catalog import Model
@@ -92,6 +93,7 @@ class Size:
         kv_per_token: elements that one token adds to the KV cache.
         files: bytes of the checkpoint's weight files.
         shard: bytes of the largest of them.
+        state: bytes of the state that an RNN keeps of one sequence.
     """
 
     parameters: int
@@ -99,6 +101,7 @@ class Size:
     kv_per_token: int
     files: int
     shard: int
+    state: int = 0
 
 
 def preflight(
@@ -154,14 +157,14 @@ def preflight(
 
 
 def estimate(size: Size, precision: str, element: int, batch: int, tokens: int) -> float:
-    """Estimate the bytes of a running model: weights, KV cache, and 10 % for the rest.
+    """Estimate the bytes of a running model: weights, KV cache or state, and 10 % for the rest.
 
     A linear layer's weight takes 1 byte in int8 and 0.5 in nf4, which adds an absmax of 4 bytes to every 64 weights
     (bitsandbytes without double quantisation); all other weights, and the KV cache, take ``element`` bytes.
     """
     per_linear = {"int8": 1.0, "nf4": 0.5 + 4 / 64}.get(precision, element)
     weights = size.linear * per_linear + (size.parameters - size.linear) * element
-    return MARGIN * (weights + batch * tokens * size.kv_per_token * element)
+    return MARGIN * (weights + batch * (tokens * size.kv_per_token * element + size.state))
 
 
 def model_size(row: Model, weights: str) -> Size:
@@ -169,28 +172,27 @@ def model_size(row: Model, weights: str) -> Size:
     if weights in ("random", "hub"):
         return Size(
             parameters=row.parameters,
-            linear=row.shape.matrices() if row.shape.kind == "transformer" else 0,
+            linear=row.shape.matrices(),
             kv_per_token=row.shape.kv_values_per_token(),
+            state=4 * row.shape.state_values(),  # in fp32
             files=row.weight_bytes,
-            shard=min(row.weight_bytes, LARGEST_SHARD),
+            shard=row.largest_file or min(row.weight_bytes, LARGEST_SHARD),
         )
-    return _size_of_folder(TINY / row.id if weights == "tiny" else Path(weights))
+    return _size_of_folder(TINY / (row.stand_in or row.id) if weights == "tiny" else Path(weights))
 
 
 def _size_of_folder(folder: Path) -> Size:
     """Read config.json and the sizes of the files; no tensor is touched."""
-    from ..native.convert import native_config, read_original, weight_files
+    from ..native.convert import native_config, read_config, weight_files
 
     base = folder / "base" if (folder / "base").is_dir() else folder  # a LoRA lies beside its base
     sizes = [file.stat().st_size for file in weight_files(base)]
-    config = native_config(read_original(base)[0])
+    config = native_config(read_config(base))
     parameters = sum(sizes) // 2  # published in 16 bit
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Size(
         parameters=parameters,
         linear=parameters - 2 * config.vocab_size * config.hidden_size,
-        kv_per_token=2 * config.num_hidden_layers * heads * width,
+        kv_per_token=kv_values_per_token(config),
         files=sum(sizes),
         shard=max(sizes),
     )

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import HelpersError
+from ..errors import HelpersError, unknown
 from ..report.record import record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 REPEATS = 3
+
+DECODING = {"default": "generate", "static": "FastDecoder", "compiled": "a compiled FastDecoder"}
+"""Ways to write an answer, and who does it: as it comes, by a recorded step, and that with its kernels fused."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,12 @@ class Speed:
         prompt_tokens: tokens of each prompt.
         new_tokens: tokens written to each answer.
         prefill_seconds: one forward pass over the prompts, which fills the KV cache.
-        ttft_s: time to first token: ``generate`` asked for one token.
-        tpot_s: time per output token after the first: the rest of a whole ``generate`` by ``new_tokens - 1``.
+        ttft_s: time to first token: an answer of one token.
+        tpot_s: time per output token after the first: the rest of a whole answer by ``new_tokens - 1``.
         bytes_per_step: what one decode step has to read: every weight once (of a separate input embedding only the
-            rows in use, which are not counted) and the KV cache at its average length.
+            rows in use, which are not counted) and the KV cache at its average length. A static cache is read to its
+            end, but what lies behind the last token is no use and not counted.
+        decoding: a key of ``DECODING``.
     """
 
     batch: int
@@ -39,6 +44,7 @@ class Speed:
     ttft_s: float
     tpot_s: float
     bytes_per_step: int
+    decoding: str = "default"
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -64,12 +70,13 @@ class Speed:
     def figures(self, prefix: str = "") -> list[dict[str, Any]]:
         """Return speeds and times with batch and lengths, as arguments of ``record``; named ``<prefix>_<figure>``."""
         prefix = f"{prefix}_" if prefix else ""
-        about = {"batch": self.batch, "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
+        about = {name: getattr(self, name) for name in ("decoding", "batch", "prompt_tokens", "new_tokens")}
+        how = DECODING[self.decoding]
         median = f"median of {REPEATS} runs after a warm-up"
         figures = (
             ("prefill_speed", self.prefill_tokens_per_s, "tokens/s", "prompt tokens by one forward pass"),
-            ("decode_speed", self.decode_tokens_per_s, "tokens/s", "new tokens after the first, by generate, greedy"),
-            ("ttft", self.ttft_s, "s", "time to first token: generate of one token"),
+            ("decode_speed", self.decode_tokens_per_s, "tokens/s", f"new tokens after the first, by {how}, greedy"),
+            ("ttft", self.ttft_s, "s", f"time to first token: {how} of one token"),
             ("tpot", self.tpot_s, "s", "time per output token after the first, greedy"),
         )
         return [
@@ -84,7 +91,13 @@ class Speed:
             record(**(one | about))
 
 
-def generation_speed(model: PreTrainedModel, prompt_tokens: int = 128, new_tokens: int = 128, batch: int = 1) -> Speed:
+def generation_speed(
+    model: PreTrainedModel,
+    prompt_tokens: int = 128,
+    new_tokens: int = 128,
+    batch: int = 1,
+    decoding: str = "default",
+) -> Speed:
     """Measure prefill and greedy decoding with random token ids, whatever the model would say.
 
     The answer is forced to its full length; sampling, stop tokens and the tokenizer have no part in the time.
@@ -94,29 +107,43 @@ def generation_speed(model: PreTrainedModel, prompt_tokens: int = 128, new_token
         prompt_tokens: tokens of each prompt.
         new_tokens: tokens of each answer, at least 2.
         batch: sequences at once.
+        decoding: ``"default"`` is ``model.generate``, ``"static"`` and ``"compiled"`` are ``FastDecoder``, whose
+            recording and compiling are not counted.
 
     Raises:
-        HelpersError: fewer than 2 new tokens, or more tokens than the model's context holds.
+        HelpersError: fewer than 2 new tokens, more tokens than the model's context holds, an unknown decoding, or
+            a model that ``FastDecoder`` refuses.
     """
     import torch
 
+    from ..decode import FastDecoder
     from ..native import check_length
 
     if new_tokens < 2 or prompt_tokens < 1 or batch < 1:
         why = f"prompt_tokens={prompt_tokens}, new_tokens={new_tokens}, batch={batch} leave nothing to time"
         raise HelpersError("cannot measure the speed", why, "take at least 1 prompt token, 2 new tokens and batch 1")
+    if decoding not in DECODING:
+        raise unknown("decoding", decoding, list(DECODING))
     check_length(model, prompt_tokens + new_tokens)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch, prompt_tokens), generator=draw).to(model.device)
     mask = torch.ones_like(ids)
+    decoder = None
+    if decoding != "default":
+        decoder = FastDecoder(model, prompt_tokens + new_tokens, batch, compiled=decoding == "compiled")
 
     def prefill() -> None:
-        model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        if decoder:
+            decoder.prefill(ids, mask)
+        else:
+            model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
 
     def generate(tokens: int) -> None:
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-        )
+        if decoder:
+            out = decoder.generate(ids, mask, tokens, stop=[])
+        else:
+            lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **lengths)
         assert out.shape[1] == prompt_tokens + tokens, "the answer was cut short"
 
     with torch.inference_mode():
@@ -131,6 +158,7 @@ def generation_speed(model: PreTrainedModel, prompt_tokens: int = 128, new_token
         ttft_s=first,
         tpot_s=(whole - first) / (new_tokens - 1),
         bytes_per_step=weight_bytes_read(model) + batch * (prompt_tokens + new_tokens // 2) * kv_bytes_per_token(model),
+        decoding=decoding,
     )
 
 
@@ -147,10 +175,16 @@ def weight_bytes_read(model: PreTrainedModel) -> int:
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Return the bytes that one token adds to the KV cache: keys and values of every layer in the model's dtype."""
-    config = model.config
+    return kv_values_per_token(model.config) * model.dtype.itemsize
+
+
+def kv_values_per_token(config: PreTrainedConfig) -> int:
+    """Count the numbers that one token adds to the KV cache; a model without attention heads (RWKV) has none."""
+    if not getattr(config, "num_attention_heads", None):
+        return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return 2 * config.num_hidden_layers * heads * width
 
 
 def _median_seconds(step: Callable[[], None]) -> float:

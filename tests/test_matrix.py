@@ -1,0 +1,127 @@
+"""The measured matrix: one load for all points, rows as the catalogue wants them, and going on where it stopped."""
+
+import json
+
+import pytest
+import torch
+
+from helpers import common
+from helpers.catalog import MeasuredRow
+from helpers.errors import HelpersError
+from helpers.memory import matrix
+from helpers.memory.matrix import measure_matrix
+from helpers.memory.speed import Speed
+from helpers.native import check_length
+
+TINY = dict(weights="tiny", device="cpu", new_tokens=4, prompt_tokens=[8, 16], decodings=["default", "static"])
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_common():
+    yield
+    common()
+
+
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch):
+    """The points are not timed: on a busy machine four tokens can take no time at all."""
+
+    def speed(lm, **point):
+        check_length(lm, point["prompt_tokens"] + point["new_tokens"])
+        return Speed(**point, prefill_seconds=0.1, ttft_s=0.1, tpot_s=0.01, bytes_per_step=1)
+
+    monkeypatch.setattr(matrix, "generation_speed", speed)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Count what is loaded."""
+    seen, load = [], matrix.load
+
+    def counted(*args):
+        seen.append(args[:3])
+        return load(*args)
+
+    monkeypatch.setattr(matrix, "load", counted)
+    return seen
+
+
+def rows(path):
+    return [MeasuredRow.model_validate(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def test_one_load_measures_all_lengths_and_decodings(tmp_path, loads):
+    out = tmp_path / "rows.jsonl"
+    measure_matrix(["qwen-7b"], ["fp32"], out, **TINY)
+    assert loads == [("qwen-7b", "tiny", "fp32")]
+    found = rows(out)
+    points = [(row.prompt_tokens, row.decoding) for row in found if row.name == "tpot"]
+    assert points == [(8, "default"), (8, "static"), (16, "default"), (16, "static")]
+    assert [row.decoding for row in found if row.name in ("weights", "load_seconds")] == [None, None]
+    assert {row.batch for row in found if row.name == "decode_speed"} == {1}
+    assert all(row.prompt_tokens for row in found if row.name == "rss_peak")
+    assert len({row.setting() for row in found}) == len(found)  # the catalogue refuses a figure twice a day
+
+
+def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, loads, capsys):
+    out = tmp_path / "rows.jsonl"
+    measure_matrix(["qwen-7b"], ["fp32"], out, **TINY | {"prompt_tokens": [8]})
+    before = out.read_text()
+    measure_matrix(["qwen-7b"], ["fp32"], out, **TINY)
+    assert out.read_text().startswith(before) and len(loads) == 2
+    assert [row.prompt_tokens for row in rows(out) if row.name == "tpot"] == [8, 8, 16, 16]
+    assert [row.name for row in rows(out)].count("weights") == 1
+    capsys.readouterr()
+    measure_matrix(["qwen-7b"], ["fp32"], out, **TINY)
+    assert len(loads) == 2 and "measured already" in capsys.readouterr().out
+
+
+def test_what_is_past_the_context_is_left_out_and_the_rest_measured(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    measure_matrix(["qwen-7b"], ["fp32"], out, **TINY | {"prompt_tokens": [600, 8]})
+    assert [row.prompt_tokens for row in rows(out) if row.name == "tpot"] == [8, 8]
+    assert "600 + 4 tokens, default: left out: 604 tokens are too many" in capsys.readouterr().out
+
+
+def test_a_published_context_is_known_before_loading(tmp_path, loads, capsys):
+    sizes = dict(weights="random", prompt_tokens=[8192], new_tokens=64)
+    measure_matrix(["qwen-7b"], ["bf16"], tmp_path / "rows.jsonl", **sizes)
+    assert loads == [] and "8192 + 64 tokens: left out, its context ends at 8192" in capsys.readouterr().out
+
+
+def test_a_point_without_memory_is_left_out_and_the_next_one_measured(tmp_path, monkeypatch, capsys):
+    measured = matrix.generation_speed
+
+    def tight(lm, **point):
+        if point["prompt_tokens"] == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        return measured(lm, **point)
+
+    monkeypatch.setattr(matrix, "generation_speed", tight)
+    measure_matrix(["qwen-7b"], ["fp32"], tmp_path / "rows.jsonl", **TINY)
+    assert {row.prompt_tokens for row in rows(tmp_path / "rows.jsonl") if row.name == "tpot"} == {16}
+    assert "8 + 4 tokens, default: left out: CUDA out of memory.\n" in capsys.readouterr().out
+
+
+def test_a_point_that_is_no_row_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    broken = Speed(1, 8, 4, prefill_seconds=0.1, ttft_s=0.1, tpot_s=-0.01, bytes_per_step=1)
+    monkeypatch.setattr(matrix, "generation_speed", lambda lm, **point: broken)
+    measure_matrix(["qwen-7b"], ["fp32"], tmp_path / "rows.jsonl", **TINY)
+    assert {row.decoding for row in rows(tmp_path / "rows.jsonl")} == {None}  # the load's alone
+    assert "left out: 'decode_speed' in python -m helpers measure is no row" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ["qwen-7b", "qwen-9b"]}, "unknown model 'qwen-9b'"),
+        ({"precisions": ["fp32", "int3"]}, "unknown precision 'int3'"),
+        ({"decodings": ["default", "fast"]}, "unknown decoding 'fast'"),
+        ({"weights": "full"}, "unknown weights 'full'"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_is_measured(tmp_path, loads, change, message):
+    with pytest.raises(HelpersError, match=message):
+        settings = TINY | {"models": ["qwen-7b"], "precisions": ["fp32"]} | change
+        measure_matrix(output=tmp_path / "rows.jsonl", **settings)
+    assert loads == [] and not (tmp_path / "rows.jsonl").exists()
