@@ -20,7 +20,7 @@ CHECK_EVERY = 16
 
 
 class FastDecoder:
-    """Greedy answers as ``generate`` gives them, with a static KV cache and, on a GPU, a CUDA graph.
+    """Greedy answers as ``generate`` gives them, with a static KV cache (or RWKV's state) and, on a GPU, a CUDA graph.
 
     The default ``generate`` starts over a thousand small kernels for each token from Python, and a GPU is done with one
     before Python starts the next. Here every tensor has a fixed size and place, so the kernels of one token are
@@ -41,7 +41,7 @@ class FastDecoder:
         Raises:
             HelpersError: ``length`` is past the model's context, or a step of this model cannot be recorded.
         """
-        from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
+        from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
         check_length(model, length)
@@ -53,7 +53,7 @@ class FastDecoder:
         if compiled:
             torch.compiler.reset()  # else decoders of other lengths count against the limit of recompilations
             self._forward = torch.compile(model, fullgraph=True, dynamic=False)
-        self._cache = StaticCache(config=model.config, max_cache_len=length)
+        self._cache = fixed_cache(model, length, batch)
         self._mask = torch.ones(batch, length, dtype=torch.long, device=model.device)
         self._token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self._position = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
@@ -142,6 +142,15 @@ class FastDecoder:
         return graph.replay
 
 
+def fixed_cache(model: PreTrainedModel, length: int, batch: int) -> Any:
+    """Return a cache that stays in its place: room for ``length`` tokens; of an RNN its state, which has one size."""
+    from transformers import StaticCache
+
+    if hasattr(model, "make_state"):
+        return model.make_state(batch)
+    return StaticCache(config=model.config, max_cache_len=length)
+
+
 def grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
@@ -171,7 +180,7 @@ def _check_recordable(model: PreTrainedModel) -> None:
     """Refuse a model whose step needs the host: one without a static cache, or bitsandbytes int8 on a GPU."""
     name, fix = type(model).__name__, "use generate, or decoding='default'"
     if not model._can_compile_fullgraph:
-        raise HelpersError(f"cannot record a step of {name}", "this class has no static KV cache", fix)
+        raise HelpersError(f"cannot record a step of {name}", "this class has no cache that stays in its place", fix)
     if model.device.type == "cuda" and getattr(model, "is_loaded_in_8bit", False):
         why = "bitsandbytes int8 looks for outliers in every layer, and the host waits for the answer"
         raise HelpersError(f"cannot record a step of {name} in int8", why, f"{fix}; nf4 can be recorded")

@@ -69,21 +69,28 @@ class RwkvState:
         shifts: [layers, 2, batch, hidden], what each time and channel mixing saw of the last token.
         memory: [layers, batch, heads, head_size, head_size] in fp32; of version 4 [layers, batch, 2, hidden], the
             averages and the logarithms of their weights.
-        length: tokens so far, padding included.
+        length: tokens so far, padding included; a compiled step does not count.
     """
 
     def __init__(self, config: RwkvConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         """Start with an empty memory."""
         layers, inner, head_size = config.num_hidden_layers, config.attention_hidden_size, _head_size(config)
         form = (inner // head_size, head_size, head_size) if head_size else (2, inner)
-        self.shifts = torch.zeros(layers, 2, batch, config.hidden_size, dtype=dtype, device=device)
-        self.memory = torch.zeros(layers, batch, *form, device=device)
-        self.length = 0
-        if not head_size:
-            self.memory[:, :, 1] = EMPTY
+        self.averages = not head_size
+        self.shifts = torch.empty(layers, 2, batch, config.hidden_size, dtype=dtype, device=device)
+        self.memory = torch.empty(layers, batch, *form, device=device)
+        self.reset()
         if not torch.compiler.is_compiling():
             for tensor in (self.shifts, self.memory):  # they stay where they are, which a CUDA graph has to know
                 torch._dynamo.mark_static_address(tensor)
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        self.shifts.zero_()
+        self.memory.zero_()
+        if self.averages:
+            self.memory[:, :, 1] = EMPTY
+        self.length = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens so far."""
@@ -514,6 +521,7 @@ class RwkvWorldForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "rwkv"
     _no_split_modules = ("RwkvBlock",)
     _is_stateful = True  # its past cannot be cut back, which assisted generation would want
+    _can_compile_fullgraph = True
 
     def __init__(self, config: RwkvConfig) -> None:
         """Make the model with the sizes of ``config``."""
@@ -545,6 +553,10 @@ class RwkvWorldForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the head."""
         self.head = value
+
+    def make_state(self, batch: int = 1) -> RwkvState:
+        """Return the empty state of ``batch`` sequences, to be passed as ``past_key_values``."""
+        return RwkvState(self.config, batch, self.dtype, self.device)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, **kwargs):
         """Drop the mask once the prompt is read: a token that was just written is none of padding."""
@@ -582,7 +594,8 @@ class RwkvWorldForCausalLM(PreTrainedModel, GenerationMixin):
         keep = bool(use_cache) or past_key_values is not None
         state = past_key_values or RwkvState(self.config, batch, hidden.dtype, hidden.device)
         hidden = self.rwkv(hidden, mask, state, keep)
-        state.length += tokens
+        if not torch.compiler.is_compiling():  # a number that grows would be compiled anew each time
+            state.length += tokens
         last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(hidden[:, last])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
