@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ if TYPE_CHECKING:
 READ_AT_ONCE = 2048
 """Tokens of a prompt that one pass reads: the transient memory of a long prompt is no part of the comparison."""
 
+EVEN = 64
+"""The twin's feed-forward width is a multiple of this: bitsandbytes' nf4 product on a CPU wants whole blocks of 64."""
+
 
 @dataclass(frozen=True)
 class AtLength:
-    """What decoding costs after ``tokens`` tokens: seconds a token (median), and bytes of the KV cache or state."""
+    """What decoding costs after ``tokens`` tokens: seconds of the fastest token, bytes of the KV cache or state."""
 
     tokens: int
     seconds: float
@@ -29,7 +31,8 @@ def decode_against_length(
 ) -> list[AtLength]:
     """Read random tokens to each length in turn, and time ``steps`` single tokens there.
 
-    The context that a model was made for is not regarded: past it the words are noise, their cost is not.
+    The context that a model was made for is not regarded: past it the words are noise, their cost is not. Of the times
+    the least counts, as with Python's timeit: what else the machine does only adds to it, and not to all lengths alike.
 
     Args:
         model: a causal language model, of RWKV or a Transformer.
@@ -57,7 +60,7 @@ def decode_against_length(
                 read(min(READ_AT_ONCE, length - done))
             size = cache_bytes(cache)
             times = [read(1) for _ in range(steps + 1)][1:]
-            found.append(AtLength(length, statistics.median(times), size))
+            found.append(AtLength(length, min(times), size))
     return found
 
 
@@ -69,7 +72,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def transformer_twin(config: PreTrainedConfig, parameters: int) -> LlamaConfig:
-    """Return a Llama of the same width, depth, vocabulary and (within the width of a row) number of parameters.
+    """Return a Llama of the same width, depth, vocabulary and, as nearly as ``EVEN`` allows, number of parameters.
 
     Args:
         config: of the RWKV model; heads are 64 wide (or as wide as its own), each with its key and value.
@@ -84,7 +87,7 @@ def transformer_twin(config: PreTrainedConfig, parameters: int) -> LlamaConfig:
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=width // getattr(config, "head_size", 64),
-        intermediate_size=round(left / (layers * 3 * width)),
+        intermediate_size=EVEN * round(left / (layers * 3 * width * EVEN)),
         max_position_embeddings=max(32768, config.max_position_embeddings),
         tie_word_embeddings=False,
     )

@@ -609,7 +609,7 @@ class Rwkv4Config(RwkvConfig):
 class Rwkv4ForCausalLM(RwkvWorldForCausalLM):
     """Version 4. A converted folder is one of transformers' own RwkvForCausalLM, which reads it as well.
 
-    That class raises when a batch writes its second token, takes padding for text, and walks token by token.
+    That class mixes the texts of a batch from the second token on, takes padding for text, and walks token by token.
     """
 
     config_class = Rwkv4Config
