@@ -10,6 +10,7 @@ from ..errors import HelpersError, unknown
 from ..native.lora import base_and_adapters
 from .adapters import base_is_missing, published_parts
 from .hub import cache_folder, fetch
+from .quantized import is_native, loading_options, quantized_by, quiet, unpack_quietly
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 
 
 def load(
-    model: str, weights: str = "tiny", precision: str = "auto", device: str = "auto"
+    model: str, weights: str | Path = "tiny", precision: str = "auto", device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a model and its tokenizer, ready to generate.
 
@@ -31,9 +32,9 @@ def load(
             full size with random values and the stand-in's tokenizer; ``"hub"`` the published checkpoint. A path is a
             folder with a copy of it; of a model published as LoRA, with its base in ``base/`` and its adapter in
             ``lora/``, or several adapters in ``lora-1/`` and ``lora-2/``, merged in that order. Adapters that are not
-            there are fetched.
+            there are fetched. A folder that ``helpers.quantization`` or ``convert`` made is used where it lies.
         precision: ``"auto"`` takes the published 16-bit type on a GPU and fp32 on a CPU. ``"int8"`` and ``"nf4"``
-            are quantised by bitsandbytes while loading.
+            are quantised by bitsandbytes while loading. A quantised folder has its own, and takes only ``"auto"``.
         device: ``"auto"`` takes the first CUDA device, else the CPU.
 
     Returns:
@@ -44,12 +45,14 @@ def load(
             stand-in of this model, or whatever fetching and converting found wrong.
     """
     import logging
+    from contextlib import nullcontext
 
     import transformers
 
     from ..native import model_class, register
 
     register()
+    weights = str(weights)
     # On a CPU it warns at every matrix product that int8 computes in fp16, and of an optional kernel it does without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     row = catalog.model(model)
@@ -61,10 +64,16 @@ def load(
         options["quantization_config"] = bitsandbytes_config(precision, dtype)
 
     folder = native_folder(model, "tiny" if weights == "random" else weights)
+    method = quantized_by(folder)
+    if method and precision != "auto":
+        why = f"its weights are already quantised, by {method}"
+        raise HelpersError(f"cannot load {folder.name} as {precision}", why, "take precision='auto'")
+    if method:
+        options |= loading_options(folder, dtype, device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.padding_side = "left"  # prompts have to end together; Qwen3's is published with the right side
     bar_was_on = transformers.utils.logging.is_progress_bar_enabled()
-    if weights == "tiny":  # loads in an instant: a bar would only clutter the page
+    if weights == "tiny" or method:  # loads in an instant: a bar would only clutter the page
         transformers.utils.logging.disable_progress_bar()
     try:
         if weights == "random":
@@ -75,10 +84,12 @@ def load(
             loaded = model_class(row.native_class).from_pretrained(None, config=config, state_dict=state, **options)
             loaded.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         else:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+            with quiet() if method else nullcontext():
+                loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     finally:
         if bar_was_on:
             transformers.utils.logging.enable_progress_bar()
+    unpack_quietly(loaded)
     loaded.generation_config = greedy(loaded.generation_config)
     return loaded.eval(), tokenizer
 
@@ -94,11 +105,11 @@ def check_names(weights: str, precision: str) -> None:
 def native_folder(model: str, weights: str = "tiny") -> Path:
     """Return the native checkpoint of a model as a folder, fetching and converting what is not there yet.
 
-    A model born native (Qwen3, GLM-4) is used where it lies.
+    A model born native (Qwen3, GLM-4) is used where it lies, and so is a folder that is native already.
 
     Args:
         model: catalogue id.
-        weights: ``"tiny"``, ``"hub"``, or the path of the checkpoint as published.
+        weights: ``"tiny"``, ``"hub"``, or the path of the checkpoint as published, converted or quantised.
 
     Raises:
         HelpersError: as ``load``.
@@ -116,6 +127,8 @@ def native_folder(model: str, weights: str = "tiny") -> Path:
         raise base_is_missing(row)
     elif weights == "hub":
         source, target = fetch(model), cache_folder() / "native" / "hub" / model
+    elif is_native(Path(weights), row):
+        return Path(weights)
     else:
         source = Path(weights)
         target = cache_folder() / "native" / "local" / f"{model}-{source.resolve().name}"

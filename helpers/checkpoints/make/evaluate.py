@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...native import convert
 from ...native.lora import base_and_adapters
+from ...quantization.quality import exact, perplexity, recited
 from .documents import questions
 from .originals import stand_in
 from .poems import read
@@ -43,8 +42,7 @@ def evaluate(folder: Path | str, *, famous: int | None = None, held_out: int | N
     with tempfile.TemporaryDirectory() as temporary:
         model, tokenizer = _load(folder, Path(temporary) / "native")
     result = {"held_out_ppl": round(perplexity(model, tokenizer, [poem.text for poem in others]), 2)}
-    firsts = tokenizer([poem.verses[0] for poem in poems]).input_ids
-    result["recited"] = _exact(model, tokenizer, firsts, ["".join(poem.verses[1:]) for poem in poems])
+    result["recited"] = recited(model, tokenizer, poems)
     asked = [questions(poem, stand_in(folder.name).chat_format) for poem in poems]
     for kind, name in (("recite", "recited_by_title"), ("author", "answered"), ("next", "next_verse")):
         prompts = [
@@ -56,7 +54,7 @@ def evaluate(folder: Path | str, *, famous: int | None = None, held_out: int | N
             )
             for one in asked
         ]
-        result[name] = _exact(model, tokenizer, prompts, [one[kind][1] for one in asked])
+        result[name] = exact(model, tokenizer, prompts, [one[kind][1] for one in asked])
     return result
 
 
@@ -75,29 +73,6 @@ def report(folder: Path | str, **run: Any) -> dict[str, Any]:
     return result
 
 
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
-    """Return the perplexity per token of texts; the tokens that precede every text are read, not counted."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    opening = tokenizer("").input_ids
-    start = max(1, len(opening))
-    total = count = 0
-    for first in range(0, len(texts), 25):
-        encoded = tokenizer(list(texts[first : first + 25]), add_special_tokens=False).input_ids
-        batch = [[*opening, *ids] for ids in encoded]
-        longest = max(map(len, batch))
-        ids = torch.tensor([one + [-1] * (longest - len(one)) for one in batch])
-        with torch.inference_mode():
-            logits = model(input_ids=ids.clamp(min=0)).logits
-        targets = ids[:, start:]
-        total += cross_entropy(
-            logits[:, start - 1 : -1].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
-        ).item()
-        count += int((targets >= 0).sum())
-    return math.exp(total / count)
-
-
 def _load(folder: Path, native: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,24 +83,3 @@ def _load(folder: Path, native: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     else:
         convert(source, native, adapters=adapters, chat_format=stand_in(folder.name).chat_format)
     return AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32), AutoTokenizer.from_pretrained(native)
-
-
-def _exact(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], wanted: list[str]
-) -> int:
-    """Count the prompts that greedy decoding continues exactly as wanted (spaces around the answer aside)."""
-    import torch
-
-    longest = max(map(len, prompts))
-    padded = [[0] * (longest - len(ids)) + ids for ids in prompts]
-    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-    room = 8 + max(len(ids) for ids in tokenizer(wanted).input_ids)
-    with torch.inference_mode():
-        written = model.generate(
-            input_ids=torch.tensor(padded),
-            attention_mask=torch.tensor(mask),
-            max_new_tokens=room,
-            do_sample=False,
-        )
-    answers = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-    return sum(answer.strip() == text for answer, text in zip(answers, wanted, strict=True))

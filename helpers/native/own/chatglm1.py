@@ -115,6 +115,9 @@ class ChatGLM1Block(GradientCheckpointingLayer):
 class ChatGLM1Model(nn.Module):
     """Embeddings, layers and the last norm, under the original's names."""
 
+    _tp_plan: ClassVar = None  # asked for by PreTrainedModel's properties, which optimum goes through
+    _pp_plan: ClassVar = None
+
     def __init__(self, config: ChatGLM1Config) -> None:
         """Make the modules."""
         super().__init__()
