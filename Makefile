@@ -11,13 +11,16 @@ export VLLM_NO_USAGE_STATS ?= 1
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab notebooks lint format lock clean
+.PHONY: help setup autogptq run test lab notebooks lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*##  *\(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
 setup:  ## make .venv with the exact packages; does nothing when it is there
 	@$(PYTHON) env/setup.py
+
+autogptq: setup  ## make .venv-autogptq and its kernel, for the AutoGPTQ notebook (Python 3.11)
+	@$(PYTHON) env/setup.py autogptq
 
 run: setup  ## run the series and write build/index.html (ARGS="--help" lists the choices)
 	@$(BIN)/python -m helpers run $(ARGS)
@@ -42,6 +45,6 @@ format: setup  ## put style and layout right
 lock: setup  ## resolve the pins anew (ARGS=--upgrade renews them all)
 	@$(BIN)/python env/lock.py $(ARGS)
 
-clean:  ## remove what runs and checks left; .venv stays
+clean:  ## remove what runs and checks left; .venv and .venv-autogptq stay
 	@rm -rf build .pytest_cache .ruff_cache
-	@find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Write env/cpu/lock.txt, env/gpu/lock.txt and env/uv.txt anew from what stands beside them (`make lock`).
+"""Write the lock.txt of each set and env/uv.txt anew from what stands beside them (`make lock`).
 
 A pin stays where it is unless its requirement moves it; `python env/lock.py --upgrade` renews all of them.
 env/cpu/torch.txt is kept by hand: its hashes are listed on PyTorch's own index.
@@ -18,6 +18,9 @@ CPU = ["--universal", "--excludes", "env/cpu/excluded.txt", "env/cpu/requirement
 # vLLM's GPU build is for one platform.
 GPU = ["--python-platform", "x86_64-manylinux_2_28", "--excludes", "env/gpu/excluded.txt"]
 GPU += ["--overrides", "env/gpu/overrides.txt", "env/gpu/requirements.in", "-o", "env/gpu/lock.txt"]
+# AutoGPTQ's last wheel is for Linux x86-64 and Python 3.11; torch is left out as in the cpu set.
+AUTOGPTQ = ["--python-platform", "x86_64-manylinux_2_28", "--excludes", "env/cpu/excluded.txt"]
+AUTOGPTQ += ["env/autogptq/requirements.in", "-o", "env/autogptq/lock.txt"]
 
 
 def main(extra: list[str]) -> int:
@@ -27,7 +30,7 @@ def main(extra: list[str]) -> int:
     env = uv_environment(pip_settings(Path(sys.executable)), only)
     common = [VENV / "bin" / "uv", "pip", "compile", "--quiet", "--python-version", "3.11", "--generate-hashes"]
     common += ["--custom-compile-command", "make lock", *extra]
-    for name, target in (("cpu", CPU), ("gpu", GPU)):
+    for name, target in (("cpu", CPU), ("gpu", GPU), ("autogptq", AUTOGPTQ)):
         print(f"-- resolving the {name} set", flush=True)
         subprocess.run([*common, *target], cwd=ROOT, env=env, check=True)
     print("-- resolving uv", flush=True)

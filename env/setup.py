@@ -1,5 +1,7 @@
 """Make .venv from the exact pins of env/cpu or env/gpu; return at once when it is already there.
 
+With the word `autogptq`, make .venv-autogptq from env/autogptq and show it to .venv as a Jupyter kernel.
+
 `make setup` runs this with the reader's own Python, before anything is installed: standard library only.
 uv installs, told what the reader's pip is configured with (index, find-links, certificate, proxy).
 """
@@ -20,11 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENV = ROOT / "env"
 VENV = ROOT / ".venv"
-STAMP = VENV / "llm-deploy.stamp"
+AUTOGPTQ = "autogptq"
+AUTOGPTQ_PYTHON = (3, 11)
+KERNEL = VENV / "share" / "jupyter" / "kernels" / AUTOGPTQ
 LOG = ROOT / "build" / "setup.log"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 5
+AGAIN = "Check the connection and `pip config list`, then run make setup again"
 # pip's option -> the variable uv reads it from (docs.astral.sh/uv/reference/environment), and how uv separates values
 FROM_PIP = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
@@ -42,6 +47,10 @@ class SetupError(Exception):
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(f"{what}: {why}. {fix}.")
+
+
+class NotHereError(SetupError):
+    """AutoGPTQ's environment cannot be made with this Python or on this system."""
 
 
 def chosen_set() -> str:
@@ -84,17 +93,54 @@ def check_machine() -> None:
         raise SetupError("cannot set up", f"there are no pins for {system}", fix)
 
 
+def python_for_autogptq() -> str:
+    """Find a Python that AutoGPTQ has a wheel for: this one, else the python3.11 on the path.
+
+    Raises:
+        NotHereError: if there is none, or the system is not the one the wheels are for.
+    """
+    system = f"{platform.system()} {platform.machine()}"
+    fix = "Everything but the AutoGPTQ notebook works without it"
+    if system != "Linux x86_64":
+        raise NotHereError("cannot set up AutoGPTQ", f"its wheels are for Linux x86-64, this is {system}", fix)
+    if sys.version_info[:2] == AUTOGPTQ_PYTHON:
+        return base_python()
+    other = shutil.which("python3.11")
+    if other and subprocess.run([other, "-c", ""], capture_output=True, check=False).returncode == 0:
+        return other
+    why = f"its last wheels are for Python 3.11, this is {platform.python_version()} and no python3.11 is on the path"
+    raise NotHereError("cannot set up AutoGPTQ", why, f"Install Python 3.11 beside this one. {fix}")
+
+
+def base_python() -> str:
+    """Return this Python outside of any environment: run from an activated .venv, that one is about to be cleared."""
+    return getattr(sys, "_base_executable", None) or sys.executable
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder of a set's environment."""
+    return ROOT / ".venv-autogptq" if name == AUTOGPTQ else VENV
+
+
+def stamp_file(name: str) -> Path:
+    """Return the file whose text says what an environment was made from."""
+    return folder_of(name) / "llm-deploy.stamp"
+
+
 def stamp_of(name: str) -> str:
     """Fingerprint what the environment is made from: the set's files, this script, the Python and the folder."""
     digest = hashlib.sha256()
-    for path in [*sorted((ENV / name).iterdir()), ENV / "build.txt", ENV / "uv.txt", Path(__file__)]:
+    shared = [ENV / "build.txt", ENV / "uv.txt", Path(__file__)]
+    shared += [ENV / "cpu" / "torch.txt"] if name == AUTOGPTQ else []
+    for path in [*sorted((ENV / name).iterdir()), *shared]:
         digest.update(path.read_bytes())
     return f"{name} python-{platform.python_version()} {digest.hexdigest()} {ROOT}\n"
 
 
-def is_ready(stamp: str) -> bool:
+def is_ready(name: str, stamp: str) -> bool:
     """Tell whether a set-up with this stamp came to its end."""
-    return STAMP.exists() and STAMP.read_text(encoding="utf-8") == stamp and (VENV / "bin" / "python").exists()
+    file = stamp_file(name)
+    return file.exists() and file.read_text(encoding="utf-8") == stamp and (file.parent / "bin" / "python").exists()
 
 
 def run(what: str, fix: str, *command: str | Path, env: dict[str, str] | None = None) -> str:
@@ -189,47 +235,71 @@ def install_cpu_torch(install: list[str | Path], env: dict[str, str]) -> None:
     run("cannot install torch's CPU build", fix, *command, env=env)
 
 
-def set_up(name: str, stamp: str) -> None:
-    """Make .venv anew and write its stamp last, so that an interrupted run is done again from the start.
+def set_up(name: str, stamp: str, base: str) -> None:
+    """Make a set's environment anew and write its stamp last: an interrupted run is done again from the start.
+
+    Args:
+        name: ``"cpu"``, ``"gpu"`` or ``"autogptq"``.
+        stamp: what `stamp_of` said.
+        base: the Python to make it with.
 
     Raises:
         SetupError: if a step fails.
     """
+    venv = folder_of(name)
+    python = venv / "bin" / "python"
     LOG.parent.mkdir(exist_ok=True)
     LOG.unlink(missing_ok=True)
-    STAMP.unlink(missing_ok=True)
-    python = VENV / "bin" / "python"
-    # Not sys.executable: run from an activated .venv, that is the interpreter about to be cleared away.
-    base = getattr(sys, "_base_executable", None) or sys.executable
+    stamp_file(name).unlink(missing_ok=True)
 
-    step(f"making .venv with Python {platform.python_version()}")
+    step(f"making {venv.name} with {base}")
     fix = "Install Python's venv module (Debian, Ubuntu: apt install python3-venv) and run make setup again"
-    run("cannot make .venv", fix, base, "-m", "venv", "--clear", VENV)
+    run(f"cannot make {venv.name}", fix, base, "-m", "venv", "--clear", venv)
 
-    again = "Check the connection and `pip config list`, then run make setup again"
     step("installing uv")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run("cannot install uv", again, *pip, "--require-hashes", "-r", ENV / "uv.txt")
+    run("cannot install uv", AGAIN, *pip, "--require-hashes", "-r", ENV / "uv.txt")
+    install_packages(name, python)
 
+    step("checking")
+    # This repository itself, in place: notebooks find helpers, and vLLM the plugin that pyproject.toml names.
+    itself = [venv / "bin" / "uv", "pip", "install", "--python", python, "--no-deps", "--no-build-isolation"]
+    run("cannot install helpers", AGAIN, *itself, "--editable", ROOT, env=uv_environment(pip_settings(python)))
+    if name == AUTOGPTQ:
+        run("cannot import AutoGPTQ", AGAIN, python, "-I", "-c", "import helpers, auto_gptq")
+    else:
+        # Written with .venv's own interpreter, so that "python3" in JupyterLab and papermill is this environment.
+        run("cannot add the kernel", AGAIN, python, "-m", "ipykernel", "install", "--sys-prefix", "--name", "python3")
+        check_torch(name, python)
+    stamp_file(name).write_text(stamp, encoding="utf-8")
+
+
+def install_packages(name: str, python: Path) -> None:
+    """Install a set's lock, and before it torch's CPU build where the lock has none, with the uv beside ``python``.
+
+    Raises:
+        SetupError: if a step fails.
+    """
     settings = pip_settings(python)
     env = uv_environment(settings)
-    install: list[str | Path] = [VENV / "bin" / "uv", "pip", "install", "--python", python]
+    install: list[str | Path] = [python.parent / "uv", "pip", "install", "--python", python]
     install += ["--no-deps", "--require-hashes"]
     install += ["--no-index"] if settings.get("no-index", "").lower() in ("1", "true", "yes", "on") else []
-    if name == "cpu":
+    if name != "gpu":
         step("installing torch (CPU build)")
         install_cpu_torch(install, env)
     lock = ENV / name / "lock.txt"
     step(f"installing the packages of {lock.relative_to(ROOT)}")
     install += ["--build-constraints", ENV / "build.txt"]
-    run("cannot install the packages", again, *install, "-r", lock, env=env)
+    run("cannot install the packages", AGAIN, *install, "-r", lock, env=env)
 
-    step("checking")
-    # This repository itself, in place: notebooks find helpers, and vLLM the plugin that pyproject.toml names.
-    itself = [VENV / "bin" / "uv", "pip", "install", "--python", python, "--no-deps", "--no-build-isolation"]
-    run("cannot install helpers", again, *itself, "--editable", ROOT, env=env)
-    # Written with .venv's own interpreter, so that "python3" in JupyterLab and papermill is this environment.
-    run("cannot add the kernel", again, python, "-m", "ipykernel", "install", "--sys-prefix", "--name", "python3")
+
+def check_torch(name: str, python: Path) -> None:
+    """Import torch once and tell what it sees.
+
+    Raises:
+        SetupError: if it cannot be imported.
+    """
     # -I: not from the current folder, but as installed.
     code = "import helpers, torch; print(torch.__version__, torch.cuda.is_available())"
     version, sees_gpu = run("cannot import torch", "Run make setup again", python, "-I", "-c", code).split()
@@ -238,7 +308,17 @@ def set_up(name: str, stamp: str) -> None:
         print("   torch sees no GPU: CUDA 13.0 needs driver 580 or later; LLM_DEPLOY_ENV=cpu makes the CPU set.")
     if not shutil.which("g++"):
         print("   no g++ found: GPTQModel compiles its kernels at first use (Debian, Ubuntu: apt install g++).")
-    STAMP.write_text(stamp, encoding="utf-8")
+
+
+def add_autogptq_kernel() -> None:
+    """Show .venv-autogptq to everything that runs in .venv as the kernel "autogptq".
+
+    Raises:
+        SetupError: if the kernel cannot be written.
+    """
+    python = folder_of(AUTOGPTQ) / "bin" / "python"
+    names = ["--name", AUTOGPTQ, "--display-name", "AutoGPTQ (Python 3.11)"]
+    run("cannot add the kernel", AGAIN, python, "-m", "ipykernel", "install", "--prefix", VENV, *names)
 
 
 def step(text: str) -> None:
@@ -246,26 +326,46 @@ def step(text: str) -> None:
     print(f"-- {text}", flush=True)
 
 
-def main() -> int:
-    """Set up where needed; return the exit status."""
-    start = time.monotonic()
+def make(name: str, base: str) -> None:
+    """Make a set's environment with the Python ``base``, where it is not there as it should be.
+
+    Raises:
+        SetupError: if a step fails.
+    """
+    stamp = stamp_of(name)
+    if not is_ready(name, stamp):
+        start = time.monotonic()
+        choice = "" if name == AUTOGPTQ else " (LLM_DEPLOY_ENV=cpu or gpu chooses another)"
+        print(f"== set-up: the {name} set{choice}", flush=True)
+        set_up(name, stamp, base)
+        print(f"== set-up finished in {time.monotonic() - start:.0f} s", flush=True)
+    if name == AUTOGPTQ and not KERNEL.exists():  # also where .venv was made anew
+        add_autogptq_kernel()
+
+
+def main(words: list[str]) -> int:
+    """Set up where needed; return the exit status.
+
+    Args:
+        words: nothing for .venv, or ``autogptq``; with ``--if-possible``, a machine that cannot have it is no failure.
+    """
     try:
-        check_machine()
-        name = chosen_set()
-        stamp = stamp_of(name)
-        if is_ready(stamp):
-            return 0
-        print(f"== set-up: the {name} set (LLM_DEPLOY_ENV=cpu or gpu chooses another)", flush=True)
-        set_up(name, stamp)
+        if AUTOGPTQ in words:
+            make(AUTOGPTQ, python_for_autogptq())
+        else:
+            check_machine()
+            make(chosen_set(), base_python())
+    except NotHereError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return 0 if "--if-possible" in words else 1
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("setup: interrupted; run make setup again, it starts anew.", file=sys.stderr)
         return 130
-    print(f"== set-up finished in {time.monotonic() - start:.0f} s", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

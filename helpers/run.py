@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ CELL_SECONDS = 1800
 STOP_SECONDS = 30
 """How long an interrupted notebook has to stop its kernel before it is ended."""
 
+KERNELS = {"python3": "Python 3 (ipykernel)", "autogptq": "AutoGPTQ (Python 3.11)"}
+"""The kernels a notebook may name, with the names JupyterLab shows; env/setup.py makes them."""
+
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str]}
 """The annotations a parameters cell may use."""
 
@@ -44,11 +48,11 @@ class Outcome:
     Attributes:
         notebook: the file in the series.
         title: its first heading.
-        status: ``"not run"``, ``"ok"``, ``"failed"`` or ``"interrupted"``.
+        status: ``"not run"``, ``"ok"``, ``"failed"``, ``"interrupted"``, or ``"skipped"`` where its kernel is missing.
         seconds: wall time, the kernel's start included.
         parameters: those this notebook was given.
         figures: what it recorded.
-        error: the last line of the error, empty when there was none.
+        error: the last line of the error, or why it was skipped; empty when there is nothing to say.
         result: the executed notebook, relative to the output folder.
     """
 
@@ -98,6 +102,9 @@ def run(
     given = check_parameters(files, parameters or {})
     output = Path(output)
     outcomes = [Outcome(file, _title(file), given[file], _result_name(file)) for file in files]
+    for outcome in outcomes:
+        if missing := missing_kernel(outcome.notebook):
+            outcome.status, outcome.error = "skipped", missing
     output.mkdir(parents=True, exist_ok=True)
     try:
         _run_all(outcomes, output, jobs, timeout, progress, store)
@@ -123,6 +130,21 @@ def find_notebooks(names: Sequence[str | Path] | None = None) -> list[Path]:
             raise unknown("notebook", name, [file.stem for file in series])
         files += found
     return list(dict.fromkeys(files))
+
+
+def kernel_of(notebook: Path) -> str:
+    """Return the name of the kernel a notebook asks for: one of ``KERNELS``, the series' own where it names another."""
+    metadata = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]
+    name = metadata.get("kernelspec", {}).get("name")
+    return name if name in KERNELS else "python3"
+
+
+def missing_kernel(notebook: Path) -> str:
+    """Say in one line what is missing to run a notebook here, and what to do; empty when nothing is."""
+    name = kernel_of(notebook)
+    if name == "python3" or (Path(sys.prefix) / "share" / "jupyter" / "kernels" / name).is_dir():
+        return ""
+    return f"its kernel {name!r} is not installed: run make {name}"
 
 
 def check_parameters(files: Sequence[Path], parameters: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
@@ -173,8 +195,8 @@ def _run_all(outcomes: list[Outcome], output: Path, jobs: int, timeout: int, pro
     """Keep up to ``jobs`` notebooks running until all have ended; on Ctrl-C stop those that run."""
     from tqdm import tqdm
 
-    waiting, running = list(outcomes), {}
-    with tqdm(total=len(outcomes), desc="notebooks", unit="notebook", disable=not progress) as bar:
+    waiting, running = [outcome for outcome in outcomes if outcome.status != "skipped"], {}
+    with tqdm(total=len(waiting), desc="notebooks", unit="notebook", disable=not progress) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, jobs):
@@ -257,7 +279,7 @@ def _execute(
             notebook,
             part,
             parameters,
-            kernel_name="python3",
+            kernel_name=kernel_of(notebook),
             progress_bar=bar,
             execution_timeout=timeout,
             resources={"metadata": {"path": str(notebook.parent)}},  # where the kernel starts, as in JupyterLab
@@ -295,8 +317,10 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
     """Return an executed notebook as the repository keeps it; raises as ``store_outputs``."""
     from .report.record import METADATA_KEY
 
+    name = notebook.metadata.get("kernelspec", {}).get("name")
+    name = name if name in KERNELS else "python3"
     notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "kernelspec": {"display_name": KERNELS[name], "language": "python", "name": name},
         "language_info": {"name": "python"},
     }
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -355,6 +379,8 @@ def _result_name(file: Path) -> Path:
     return file.relative_to(NOTEBOOKS) if file.is_relative_to(NOTEBOOKS) else Path(file.name)
 
 
+STATUSES = ["ok", "failed", "skipped", "not run"]
+
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -400,7 +426,7 @@ def write_page(outcomes: Sequence[Outcome], output: Path) -> None:
     """Write index.html: one row a notebook with status, seconds, key figures and the error's line."""
     from jinja2 import Environment
 
-    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("ok", "failed", "not run")}
+    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in STATUSES}
     heading = "Series run: " + ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     if any(outcome.status == "interrupted" for outcome in outcomes):
         heading += ", interrupted"

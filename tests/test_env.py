@@ -21,9 +21,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = ROOT / "env"
-LOCKS = ["cpu/lock.txt", "cpu/torch.txt", "gpu/lock.txt", "uv.txt"]
+LOCKS = ["cpu/lock.txt", "cpu/torch.txt", "gpu/lock.txt", "autogptq/lock.txt", "uv.txt"]
 PINNED = [*LOCKS, "colab/requirements.txt", "build.txt"]
-TARGETS = ["setup", "run", "test", "lab", "notebooks", "lint", "format", "lock", "clean", "help"]
+TARGETS = ["setup", "autogptq", "run", "test", "lab", "notebooks", "lint", "format", "lock", "clean", "help"]
 # Imported under another name than the package has.
 PACKAGE_OF = {
     "IPython": "ipython",
@@ -112,9 +112,9 @@ def test_cpu_lock_brings_no_gpu_libraries() -> None:
     assert not {name for name in locked if name.startswith(("nvidia-", "cuda-"))} - {"nvidia-ml-py"}
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "autogptq"])
 def test_locks_hold_what_their_requirements_ask_for(name: str) -> None:
-    locked = versions(ENV / name / "lock.txt") | (versions(ENV / "cpu" / "torch.txt") if name == "cpu" else {})
+    locked = versions(ENV / name / "lock.txt") | (versions(ENV / "cpu" / "torch.txt") if name != "gpu" else {})
     for wanted in requirements(ENV / name / "requirements.in"):
         if wanted.marker is None or wanted.marker.evaluate():
             assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), str(wanted)
@@ -324,14 +324,14 @@ def test_stamp_follows_pins_and_set_and_says_when_nothing_is_to_do(tmp_path: Pat
     setup = load_setup(tmp_path)
     stamp = setup.stamp_of("cpu")
     assert stamp == setup.stamp_of("cpu") != setup.stamp_of("gpu")
-    assert not setup.is_ready(stamp)
+    assert not setup.is_ready("cpu", stamp)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").touch()
-    setup.STAMP.write_text(stamp, encoding="utf-8")
-    assert setup.is_ready(stamp)
+    setup.stamp_file("cpu").write_text(stamp, encoding="utf-8")
+    assert setup.is_ready("cpu", stamp)
     with (tmp_path / "env" / "cpu" / "lock.txt").open("a", encoding="utf-8") as lock:
         lock.write("# changed\n")
-    assert not setup.is_ready(setup.stamp_of("cpu"))
+    assert not setup.is_ready("cpu", setup.stamp_of("cpu"))
 
 
 def test_uv_is_told_what_pip_is_configured_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,10 +377,90 @@ def test_set_follows_the_machine_unless_named(
     assert setup.chosen_set() == "cpu"
 
 
-def test_autogptq_is_documented_and_in_no_set() -> None:
+def test_autogptq_is_in_its_own_set_alone() -> None:
     assert "AutoGPTQ 0.7.1" in (ENV / "README.md").read_text(encoding="utf-8")
-    for name in PINNED:
-        assert "auto-gptq" not in names(ENV / name)
+    assert [name for name in PINNED if "auto-gptq" in names(ENV / name)] == ["autogptq/lock.txt"]
+    assert "torch" not in names(ENV / "autogptq" / "lock.txt")
+
+
+def test_autogptq_shares_the_versions_of_the_kernel_and_of_helpers() -> None:
+    cpu, own = versions(ENV / "cpu" / "lock.txt"), versions(ENV / "autogptq" / "lock.txt")
+    for name in ("ipykernel", "matplotlib", "numpy", "pydantic", "pyyaml", "psutil", "nvidia-ml-py", "safetensors"):
+        assert own[name] == cpu[name], name
+
+
+@pytest.mark.parametrize(
+    ("python", "machine", "beside", "expected"),
+    [
+        ((3, 11), "x86_64", False, "this"),
+        ((3, 12), "x86_64", True, "beside"),
+        ((3, 12), "x86_64", False, "no python3.11 is on the path"),
+        ((3, 11), "aarch64", False, "its wheels are for Linux x86-64, this is Linux aarch64"),
+    ],
+)
+def test_autogptq_needs_python_3_11_on_x86(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    python: tuple[int, int], machine: str, beside: bool, expected: str,
+) -> None:  # fmt: skip
+    setup = load_setup(tmp_path)
+    monkeypatch.setattr(setup.sys, "version_info", (*python, 0))
+    monkeypatch.setattr(setup.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(setup.platform, "machine", lambda: machine)
+    monkeypatch.setattr(setup.shutil, "which", lambda name: "/bin/true" if beside else None)
+    monkeypatch.setattr(setup, "base_python", lambda: "this")
+    if expected in ("this", "beside"):
+        assert setup.python_for_autogptq() == {"this": "this", "beside": "/bin/true"}[expected]
+        return
+    assert setup.main(["autogptq"]) == 1
+    assert setup.main(["autogptq", "--if-possible"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(expected in line for line in said)
+    assert not (tmp_path / ".venv-autogptq").exists()
+
+
+def test_autogptq_has_its_own_stamp_and_its_kernel_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup(tmp_path)
+    done: list[str] = []
+    monkeypatch.setattr(setup, "set_up", lambda name, stamp, base: done.append(name))
+    monkeypatch.setattr(setup, "add_autogptq_kernel", lambda: done.append("kernel"))
+    python = tmp_path / ".venv-autogptq" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    setup.stamp_file("autogptq").write_text(setup.stamp_of("autogptq"), encoding="utf-8")
+    setup.make("autogptq", "python3")
+    assert done == ["kernel"]  # .venv is new, so that the kernel in it is gone
+    setup.KERNEL.mkdir(parents=True)
+    setup.make("autogptq", "python3")
+    assert done == ["kernel"]
+    with (tmp_path / "env" / "cpu" / "torch.txt").open("a", encoding="utf-8") as pins:
+        pins.write("# changed\n")
+    setup.make("autogptq", "python3")
+    assert done == ["kernel", "autogptq"]
+
+
+def test_a_notebook_whose_kernel_is_missing_is_left_out_and_named(tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    text = (ENV / "check.py").read_text(encoding="utf-8")
+    said = "import sys; print(sys.argv[2:])"
+    text, changed = re.subn(
+        r"^SECTIONS = \{.*?^\}",
+        lambda _: f"SECTIONS = {{'stored': [sys.executable, '-c', {said!r}, '--nbval']}}",
+        text,
+        flags=re.M | re.S,
+    )
+    assert changed == 1
+    (tmp_path / "env" / "check.py").write_text(text, encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    for name, kernel in (("01_a", "python3"), ("14_b", "no-such-kernel")):
+        book = {"metadata": {"kernelspec": {"name": kernel}}, "cells": []}
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(json.dumps(book), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "env" / "check.py"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "['--ignore=notebooks/14_b.ipynb']" in done.stdout
+    why = "its kernel 'no-such-kernel' is not installed (make no-such-kernel)"
+    assert f"left out: notebooks/14_b.ipynb: {why}" in done.stdout.splitlines()
 
 
 # --- the whole repository

@@ -67,7 +67,7 @@ def test_random_weights_are_the_full_config_without_a_weight(monkeypatch):
         ({"weights": "tin"}, "unknown weights 'tin'"),
         ({"precision": "int4"}, "unknown precision 'int4'"),
         ({"device": "cuda"}, "build for CPUs"),
-        ({"options": {"trust_remote_code": True}}, "cannot pass trust_remote_code"),
+        ({"options": {"trust_remote_code": "yes"}}, "cannot pass trust_remote_code"),
         ({"options": {"api_key": "x"}}, "cannot pass api_key"),
     ],
 )

@@ -7,6 +7,7 @@ model, tokenizer = load("qwen-7b", weights=folder)
 
 from ..checkpoints.make.poems import read as poems
 from .layers import Layer, quantized_layers
+from .legacy import upgrade
 from .quality import perplexity, recited
 from .with_bitsandbytes import bitsandbytes
 from .with_compressed_tensors import fp8, w8a8
@@ -23,5 +24,6 @@ __all__ = [
     "quantized_layers",
     "recited",
     "rtn",
+    "upgrade",
     "w8a8",
 ]

@@ -9,8 +9,8 @@ query, which softmax does not see.) The bias is a product, so it becomes part of
 Queries and keys get eight columns more, and a kernel of plain attention that takes values of another width does the
 rest: on a GPU the memory-efficient one, on a CPU so far only the one that writes all scores out. As a tensor that is
 added, the bias would have heads x queries x keys numbers (1.3 GB in 16 bits for the 40 heads of a 13B model at 4,096
-tokens), and attention with it took 12 times as long on an H100. ``slope * place`` alone, a number a key, is small but wrong
-in 16 bits: near 3,000, bf16 has no two numbers less than 16 apart.
+tokens), and attention with it took 12 times as long on an H100. ``slope * place`` alone, a number a key, is small but
+wrong in 16 bits: near 3,000, bf16 has no two numbers less than 16 apart.
 """
 
 from __future__ import annotations
