@@ -16,16 +16,18 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from .decode import FastDecoder
     from .errors import HelpersError
     from .generate import chat, complete, stream
-    from .memory import free, generation_speed, measure, memory_parts, preflight
+    from .memory import estimate, free, generation_speed, measure, memory_parts, preflight
     from .report import common, describe_parts, memory_bar, record, show, style, versions
+    from .serving import offline_engine, serve
 
 _MODULES = {
     "load": ".checkpoints",
     "FastDecoder": ".decode",
     "HelpersError": ".errors",
     **dict.fromkeys(["chat", "complete", "stream"], ".generate"),
-    **dict.fromkeys(["free", "generation_speed", "measure", "memory_parts", "preflight"], ".memory"),
+    **dict.fromkeys(["estimate", "free", "generation_speed", "measure", "memory_parts", "preflight"], ".memory"),
     **dict.fromkeys(["common", "describe_parts", "memory_bar", "record", "show", "style", "versions"], ".report"),
+    **dict.fromkeys(["offline_engine", "serve"], ".serving"),
 }
 
 __all__ = [
@@ -36,14 +38,17 @@ __all__ = [
     "common",
     "complete",
     "describe_parts",
+    "estimate",
     "free",
     "generation_speed",
     "load",
     "measure",
     "memory_bar",
     "memory_parts",
+    "offline_engine",
     "preflight",
     "record",
+    "serve",
     "show",
     "stream",
     "style",

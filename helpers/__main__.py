@@ -9,7 +9,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,17 @@ class Kind(StrEnum):
     MODELS = "models"
     GPUS = "gpus"
     FRAMEWORKS = "frameworks"
+
+
+class Method(StrEnum):
+    """How ``quantize`` quantises."""
+
+    BITSANDBYTES = "bitsandbytes"
+    GPTQ = "gptq"
+    AWQ = "awq"
+    RTN = "rtn"
+    W8A8 = "w8a8"
+    FP8 = "fp8"
 
 
 class Hub(StrEnum):
@@ -62,6 +73,24 @@ def preflight(
 
 
 @app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="model id, the path of a config.json, or owner/name on Hugging Face")],
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, fp8, int8, nf4, gptq-int4, ...")] = "auto",
+    engine: Annotated[str, typer.Option(help="transformers or vllm")] = "transformers",
+    batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    context: Annotated[int, typer.Option(help="prompt and answer of one sequence, in tokens")] = 2048,
+    gpu: Annotated[
+        str | None, typer.Option(help="card id, as `list gpus` shows it; this machine's if left out")
+    ] = None,
+    decoding: Annotated[str, typer.Option(help="default, static or compiled")] = "default",
+) -> None:
+    """Estimate memory and speed of a model on any card, from sizes alone."""
+    from .memory.estimate import estimate as predict
+
+    print(predict(model, precision, engine, batch, context, gpu, decoding=decoding))
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="folder of the original checkpoint")],
     target: Annotated[Path, typer.Argument(help="folder to make")],
@@ -87,6 +116,32 @@ def fetch(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="model id, as `list` shows it, or a native folder")],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    method: Annotated[Method, typer.Option(help="how")] = Method.GPTQ,
+    weights: Annotated[str, typer.Option(help="tiny, random, hub or a folder")] = "hub",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    option: Annotated[
+        list[str] | None, typer.Option("-o", help="NAME=VALUE, e.g. bits=4 or calibration=texts.txt; may be repeated")
+    ] = None,
+) -> None:
+    """Quantise a model to a folder that load, transformers and vLLM read."""
+    from inspect import signature
+
+    from . import quantization
+    from .errors import unknown
+
+    way = getattr(quantization, method.value)
+    options = {name: _value(value) for name, value in _pairs(option, "-o", "bits=4").items()}
+    valid = [name for name in signature(way).parameters if name not in ("model", "target", "weights", "device")]
+    for name in options:
+        if name not in valid:
+            raise unknown(f"option of {method.value}", name, valid)
+    print(way(model, target, weights=weights, device=device, **options))
+
+
+@app.command()
 def run(
     notebooks: Annotated[list[str] | None, typer.Argument(help="01, 02_chat or a path; all if left out")] = None,
     parameter: Annotated[list[str] | None, typer.Option("-p", help="NAME=VALUE; may be repeated")] = None,
@@ -98,17 +153,39 @@ def run(
     """Run the series and write a page about it; exit code 1 when a notebook failed."""
     from .run import run as run_series
 
-    pairs = [pair.partition("=") for pair in parameter or []]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise HelpersError(f"cannot read -p {name}", "it is not NAME=VALUE", "write e.g. -p model=qwen-7b")
-    values = {name: value for name, _, value in pairs}
+    values = _pairs(parameter, "-p", "model=qwen-7b")
     outcomes = run_series(notebooks or None, values, output, store, jobs, timeout)
     for outcome in outcomes:
         print(f"{outcome.status:7} {outcome.seconds:7.1f} s  {outcome.notebook.name}  {outcome.error}".rstrip())
     print(output / "index.html")
-    if any(outcome.status != "ok" for outcome in outcomes):
+    if any(outcome.status not in ("ok", "skipped") for outcome in outcomes):
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="model id, as `list` shows it")],
+    weights: Annotated[str, typer.Option(help="tiny, random, hub or a folder")] = "tiny",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, int8 or nf4")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    lora: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of an adapter; may be repeated")] = None,
+    host: Annotated[str, typer.Option(help="address to listen at; another than this lets others in")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="a free one if left out")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", help="NAME=VALUE for vLLM, e.g. max_model_len=2048; may be repeated")
+    ] = None,
+) -> None:
+    """Serve a model with vLLM until Ctrl-C; prints the address and the key to export."""
+    from .serving import serve as start
+
+    options = {name: _value(value) for name, value in _pairs(option, "-o", "max_model_len=2048").items()}
+    adapters = _pairs(lora, "--lora", "verse=path/to/adapter")
+    with start(model, weights, precision, device, lora=adapters, host=host, port=port, **options) as server:
+        print(f"export OPENAI_BASE_URL={server.url}/v1\nexport OPENAI_API_KEY={server.key}", flush=True)
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
 
 
 @app.command("measure")
@@ -140,6 +217,23 @@ def measure_models(
         new_tokens=new_tokens,
         decodings=decoding or ["default"],
     )
+
+
+@app.command()
+def quality(
+    models: Annotated[list[str], typer.Argument(help="model ids, as `list` shows them")],
+    precision: Annotated[list[str] | None, typer.Option(help="may be repeated; all of them if left out")] = None,
+    output: Annotated[Path, typer.Option(help="JSON lines to add to; points it holds are skipped")] = Path(
+        "build/quality.jsonl"
+    ),
+    weights: Annotated[str, typer.Option(help="tiny, hub or a folder")] = "tiny",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+) -> None:
+    """Quantise models and measure what it cost: perplexity, recitation, bytes; goes on where it was stopped."""
+    from .quantization.matrix import WAYS, quality_matrix
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    quality_matrix(models, precision or ["fp32", *WAYS], output, weights=weights, device=device)
 
 
 @app.command()
@@ -176,6 +270,23 @@ def make_tiny(
     from .checkpoints.make.__main__ import main as make
 
     make(["train", "--prepared", "build/corpus", "--device", "cuda", "--models", *(models or ["all"])])
+
+
+def _pairs(given: list[str] | None, option: str, example: str) -> dict[str, str]:
+    """Split NAME=VALUE."""
+    pairs = [pair.partition("=") for pair in given or []]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise HelpersError(f"cannot read {option} {name}", "it is not NAME=VALUE", f"write e.g. {option} {example}")
+    return {name: value for name, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    """Read a number, true, false, a list or an object as JSON; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def main() -> None:

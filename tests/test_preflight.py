@@ -22,7 +22,7 @@ SHAPE = TransformerShape(
 )  # fmt: skip
 ROW = SimpleNamespace(
     id="m", shape=SHAPE, parameters=sum(SHAPE.count_parameters().values()), weight_bytes=12_487_168_064, dtype="fp16",
-    native_config=None, largest_file=None, stand_in=None,
+    native_config=None, largest_file=None, stand_in=None, name="M", native_class="GlmForCausalLM", context=8192,
 )  # fmt: skip
 
 
@@ -73,7 +73,9 @@ def test_hub_on_a_gpu(machine):
     result = check("m", "hub", "fp16", tokens=2048)
     assert result.fits
     by_name = rows(result)
-    assert by_name["VRAM"].need == pytest.approx(MARGIN * (2 * ROW.parameters + 2048 * 28 * 1024))
+    weights, cache = 2 * ROW.parameters, 2048 * 28 * 1024
+    rest = by_name["VRAM"].need - weights - 2 * cache  # the cache once more, in blocks freed as it grew
+    assert 0.69 * GIB < rest < 1.1 * GIB  # CUDA context, workspace, activations of 2,048 tokens
     assert by_name["system RAM"].need == RUNTIME_RAM
     assert by_name["disk"].need == 2 * ROW.weight_bytes  # the download and the converted copy
 
@@ -96,9 +98,9 @@ def test_cpu_needs_ram_and_no_vram(machine):
 
 
 def test_too_little_vram_names_the_precision_that_fits(machine):
-    machine.vram = 8 * GIB
+    machine.vram = 8.5 * GIB
     with pytest.raises(
-        HelpersError, match=r"VRAM: 12\.8. GiB needed, 8\.00 GiB free\. Lower precision to int8 \(7\.00 GiB\)"
+        HelpersError, match=r"VRAM: 12\.7. GiB needed, 8\.50 GiB free\. Lower precision to int8 \(8\.1. GiB\)"
     ):
         check("m", "random", "fp16")
     machine.vram = 6 * GIB

@@ -99,6 +99,7 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read at import; with one worker on two cores it stops
+    os.environ.setdefault("LOGBAR_DISABLE_NOTEBOOK_DETECTION", "1")  # its log shows itself as HTML in a notebook
     root, verbosity = logging.getLogger(), transformers_logging.get_verbosity()
     handlers, level = list(root.handlers), root.level
     transformers_logging.set_verbosity_error()

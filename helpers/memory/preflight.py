@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from ..checkpoints.hub import cache_folder
 from ..checkpoints.load import TINY, check_names, pick_device, pick_dtype
 from ..errors import HelpersError
 from ..report.table import Table
+from .parts import Setting, memory
+from .shapes import Sized
 from .speed import kv_values_per_token
 
 if TYPE_CHECKING:
@@ -133,8 +136,14 @@ def preflight(
     device = pick_device(device)
     element = pick_dtype(precision, row.dtype, device).itemsize
     size = model_size(row, weights)
-    total = estimate(size, precision, element, batch, tokens)
     vram, ram, on_cpu = free_vram(device), free_ram(), device == "cpu"
+
+    def needed(precision: str = precision, batch: int = batch, tokens: int = tokens) -> float:
+        if on_cpu or weights not in ("random", "hub"):
+            return estimate(size, precision, element, batch, tokens)
+        return vram_need(row, precision, element, batch, tokens)
+
+    total = needed()
     disk = disk_need(row, weights, size)
     shard = 0 if weights == "random" else size.shard
     result = Preflight(
@@ -151,13 +160,13 @@ def preflight(
         raise HelpersError(
             f"{model} ({weights}, {precision}, batch {batch}, {tokens} tokens) does not fit",
             f"{tight.what}: {_gib(tight.need)} needed, {_gib(tight.have)} free",
-            _what_to_lower(tight, size, precision, element, batch, tokens),
+            _what_to_lower(tight, precision, needed),
         )
     return result
 
 
 def estimate(size: Size, precision: str, element: int, batch: int, tokens: int) -> float:
-    """Estimate the bytes of a running model: weights, KV cache or state, and 10 % for the rest.
+    """Estimate the bytes of a running model in RAM, or of a folder: weights, KV cache or state, 10 % for the rest.
 
     A linear layer's weight takes 1 byte in int8 and 0.5 in nf4, which adds an absmax of 4 bytes to every 64 weights
     (bitsandbytes without double quantisation); all other weights, and the KV cache, take ``element`` bytes.
@@ -165,6 +174,17 @@ def estimate(size: Size, precision: str, element: int, batch: int, tokens: int) 
     per_linear = {"int8": 1.0, "nf4": 0.5 + 4 / 64}.get(precision, element)
     weights = size.linear * per_linear + (size.parameters - size.linear) * element
     return MARGIN * (weights + batch * (tokens * size.kv_per_token * element + size.state))
+
+
+def vram_need(row: Model, precision: str, element: int, batch: int, tokens: int) -> float:
+    """Return the bytes that a full-size model takes of a card, as ``helpers.estimate`` counts them.
+
+    All tokens may be the prompt's. What is free on the card is asked with a CUDA context open, and the context counts
+    here once more: half a GiB of reserve.
+    """
+    name = {4: "fp32", 2: row.dtype}[element] if precision == "auto" else precision
+    run = Setting(name, "transformers", "default", batch, tokens, tokens, element)
+    return sum(part.bytes for part in memory(Sized.of(row), run)[0])
 
 
 def model_size(row: Model, weights: str) -> Size:
@@ -237,7 +257,7 @@ def free_disk() -> int:
     return shutil.disk_usage(folder).free
 
 
-def _what_to_lower(tight: Need, size: Size, precision: str, element: int, batch: int, tokens: int) -> str:
+def _what_to_lower(tight: Need, precision: str, needed: Callable[..., float]) -> str:
     """Name the change that makes the tight row fit: a smaller precision, less context, or smaller weights."""
     if tight.what == "disk":
         return "free some space, or set LLM_DEPLOY_CACHE to a folder on a larger disk"
@@ -247,10 +267,10 @@ def _what_to_lower(tight: Need, size: Size, precision: str, element: int, batch:
         return "close other programs, or restart other notebooks' kernels"
     for smaller in ("int8", "nf4"):
         if precision not in ("int8", "nf4") or (precision, smaller) == ("int8", "nf4"):
-            need = estimate(size, smaller, element, batch, tokens)
+            need = needed(smaller)
             if need <= (tight.have or 0):
                 return f"lower precision to {smaller} ({_gib(need)}), or batch or tokens"
-    if estimate(size, precision, element, 1, 256) <= (tight.have or 0):
+    if needed(precision, 1, 256) <= (tight.have or 0):
         return "lower batch or tokens"
     return "take a smaller model, or weights='tiny', which runs anywhere"
 

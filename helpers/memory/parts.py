@@ -1,0 +1,204 @@
+"""What a run takes, part by part: weights, KV cache, activations, working space, and what is not PyTorch's.
+
+Weights and KV cache follow from the model's shape. What does not is in ``FITTED`` and ``ASSUMED``, nowhere else:
+constants taken from recorded rows (catalog/measured), and those that nothing recorded has confirmed yet.
+tests/test_estimate.py holds every recorded row against this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .shapes import Sized
+
+if TYPE_CHECKING:
+    from ..catalog.gpus import Gpu
+
+GIB, MIB = 2**30, 2**20
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5, "nf4-double": 0.5}
+BYTES |= {"gptq-int8": 1.0, "gptq-int4": 0.5, "awq-int4": 0.5}
+"""Precisions, and the bytes of one weight of a large matrix in each; embeddings, output layer and norms stay 16 bit."""
+
+FITTED = {
+    # weights "random", default generate, 128 + 64 tokens, H100 80GB HBM3, 2026-11-24; held out: see tests/test_estimate
+    "CUDA context": 0.69 * GIB,  # nvml_process - reserved_peak: 0.676 to 0.691 (int8 0.738 to 0.744)
+    "driver": 0.477 * GIB,  # nvml_device - nvml_process: what the card holds before any process
+    "rest of a step": 1 * MIB,  # positions, token ids, rotary angles: allocated - weights - cuBLAS workspace
+    "int8 outlier columns": 3.1,  # bytes a weight of an MLP matrix in one int8 product; qwen-7b, chatglm3-6b 3.2
+    "left by loading int8": 6.0,  # bytes a weight of the largest matrix that the allocator keeps; two rows: 6.6, 8.8
+    "left by loading nf4": 2.0,  # the same; six rows: 0.9 of Llama's shape, 2.7 of GLM's fused matrix; the middle
+}
+ASSUMED = {
+    "vLLM outside its budget": 0.31 * GIB,  # CUDA context, libraries; from one Llama-2-7B run of vLLM 0.26, no row yet
+}
+STEP_TOKENS = {True: 16384, False: 8192}
+"""Tokens of vLLM's largest step, of LLM(...): on cards of 70 GiB or more that are no A100, and on others
+(vllm/engine/arg_utils.py, get_batch_defaults). It is for the server half and a quarter of that."""
+
+CUBLAS = {True: 32 * MIB, False: 8.125 * MIB}
+"""PyTorch's cuBLAS workspace, on Hopper and on others (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+
+LOADING = {"int8": 3.0, "nf4": 2.5, "nf4-double": 2.5}
+"""Bytes of one weight while its matrix is quantised: 16 bit and the result."""
+
+FORMULA, ROWS = "from the shape", "fitted on recorded rows"
+UTILISATION = 0.9
+"""Share of a card that vLLM reserves unless told otherwise (gpu_memory_utilization)."""
+
+ALLOCATED, CACHED, OUTSIDE, FREE = "allocated", "cached", "outside", "reserved"
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of the memory at the moment of the peak.
+
+    Attributes:
+        name: what it is.
+        bytes: its size.
+        formula: how it is counted, in words.
+        source: ``FORMULA``, ``ROWS``, or whose code or file says so.
+        where: ``ALLOCATED`` is in live tensors, ``CACHED`` is kept by PyTorch's allocator, ``OUTSIDE`` is not
+            PyTorch's, ``FREE`` is what vLLM reserves beyond the need.
+    """
+
+    name: str
+    bytes: float
+    formula: str
+    source: str = FORMULA
+    where: str = ALLOCATED
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run; ``element`` is the bytes of a value that is not quantised, ``step`` vLLM's largest one, tokens."""
+
+    precision: str
+    engine: str
+    decoding: str
+    batch: int
+    prompt: int
+    context: int
+    element: int = 2
+    all_logits: bool = False
+    group_size: int = 128
+    hopper: bool = True
+    step: int = STEP_TOKENS[True]
+
+
+def memory(about: Sized, run: Setting) -> tuple[tuple[Component, ...], dict[str, float]]:
+    """Return the parts at the moment that takes most, and the bytes in live tensors at every moment."""
+    shape, always = about.shape, list(weights(about, run))
+    state = run.batch * 4 * shape.state_values()
+    kv_values = run.batch * shape.kv_values_per_token() * run.element
+    if run.engine == "vllm":
+        always += _beside_weights_in_vllm(about, run, kv_values)
+        return tuple(always), {"a full step": sum(part.bytes for part in always if part.where == ALLOCATED)}
+    always.append(Component("cuBLAS workspace", CUBLAS[run.hopper], "by card", "PyTorch"))
+    always.append(Component("positions, token ids", FITTED["rest of a step"], "a constant", ROWS))
+    if state:
+        always.append(Component("RWKV's state", state, "fp32, one for each sequence, whatever the length"))
+    growing = run.decoding == "default"
+    whole = Component("KV cache", kv_values * run.context, "keys and values of prompt and answer")
+    read = Component("KV cache", kv_values * (run.prompt if growing else run.context), "as long as the prompt")
+    logits = run.batch * shape.vocab_size * 6
+    matrix = about.largest_matrix()
+    moments = {
+        "loading": [Component("16-bit matrix being quantised", LOADING.get(run.precision, 0) * matrix, "largest one")],
+        "prefill": [read, *prefill_parts(about, run)],
+        "decode": [whole, Component("logits", logits, "of one token, 16 bit and fp32")],
+    }
+    if growing:
+        layer = kv_values * run.context / shape.layers / 2
+        moments["decode"].append(Component("one layer's new keys", layer, "copied to grow", "transformers"))
+    sizes = {name: sum(part.bytes for part in (*always, *parts)) for name, parts in moments.items()}
+    moment = max(sizes, key=sizes.get)
+    cached = kv_values * run.context if growing else 0
+    left = FITTED.get(f"left by loading {run.precision.removesuffix('-double')}", 0) * matrix
+    beside = [
+        Component("freed blocks of the growing cache", cached, "the KV cache once more", ROWS, CACHED),
+        Component("freed blocks of loading", left, "of the largest matrix", ROWS, CACHED),
+        Component("CUDA context and libraries", FITTED["CUDA context"], "NVML less PyTorch, on an H100", ROWS, OUTSIDE),
+    ]
+    return tuple(part for part in (*always, *moments[moment], *beside) if part.bytes), sizes
+
+
+def weights(about: Sized, run: Setting) -> list[Component]:
+    """Return the parts of the weights: 16-bit ones, quantised matrices as packed, and what belongs to them."""
+    shape, precision, per = about.shape, run.precision, BYTES[run.precision]
+    parameters, linear = sum(shape.count_parameters().values()), shape.matrices()
+    if per >= 2:
+        return [Component("weights", parameters * per, "every parameter")]
+    rows, columns = about.rows_and_columns()
+    scales, how = {
+        "int8": (4 * rows, "absmax of each row, fp32 (bitsandbytes)"),
+        "fp8": (4 * rows, "scale of each row, fp32 (compressed-tensors)"),
+        "nf4": (4 * linear / 64, "absmax of 64 weights, fp32 (bitsandbytes)"),
+        "nf4-double": (linear / 64 + 4 * linear / 64 / 256, "absmax of 64 weights, 8 bit (bitsandbytes double quant)"),
+    }.get(precision, ((2 + per) * linear / run.group_size, f"scale and zero of {run.group_size} weights"))
+    if precision.startswith("gptq"):
+        scales, how = scales + 4 * columns, f"{how}, g_idx of each input"
+    return [
+        Component("weights, 16 bit", (parameters - linear) * run.element, "embeddings, output layer, norms, biases"),
+        Component("weights, quantised", linear * per, f"matrices of the layers, {per:g} bytes a weight"),
+        Component("scales", scales, how),
+    ]
+
+
+def weight_bytes(about: Sized, precision: str, group_size: int = 128, element: int = 2) -> float:
+    """Return the bytes of all weights, scales included."""
+    run = Setting(precision, "transformers", "default", 1, 1, 1, element, group_size=group_size)
+    return sum(part.bytes for part in weights(about, run))
+
+
+def activations(about: Sized, run: Setting, tokens: int, hidden_states: int = 4) -> float:
+    """Return the bytes alive in the MLP, where a forward pass holds most.
+
+    Of hidden states there are the embeddings, the layer's input, the residual and the MLP's input; vLLM keeps three.
+    Beside them lie gate (GLM: gate and up), its activation and their product. Attention holds less with kernels that
+    write no scores: ten hidden states, ALiBi's columns included, against twelve.
+    """
+    inner = {"rwkv": 2}.get(about.shape.kind, 4 if about.fused else 3)
+    inner = 2 if getattr(about.shape, "mlp", "") == "plain" else inner
+    return tokens * run.element * (hidden_states * about.shape.hidden_size + inner * about.shape.ffn_size)
+
+
+def prefill_parts(about: Sized, run: Setting) -> list[Component]:
+    """Return what reading the prompt takes beside weights and KV cache."""
+    shape, tokens, element = about.shape, run.batch * run.prompt, run.element
+    parts = [Component("activations", activations(about, run, tokens), "4 hidden states, the MLP's intermediates")]
+    dequantised = {"nf4": 2.0, "int8": FITTED["int8 outlier columns"]}.get(run.precision.removesuffix("-double"), 0)
+    # int8 takes columns of the down projection out, nf4 unpacks the largest matrix; an intermediate is not there then
+    matrix = shape.hidden_size * shape.ffn_size if run.precision == "int8" else about.largest_matrix()
+    less = (2 if about.fused else 1) * tokens * element * shape.ffn_size
+    if (workspace := dequantised * matrix - less) > 0:
+        how = "int8's outlier columns in fp32" if run.precision == "int8" else "a matrix unpacked, less an intermediate"
+        parts.append(
+            Component("dequantisation workspace", workspace, how, ROWS if run.precision == "int8" else FORMULA)
+        )
+    if run.all_logits:
+        parts.append(Component("logits of the prompt", tokens * shape.vocab_size * (element + 4), "16 bit and fp32"))
+    if shape.kind == "transformer" and run.decoding != "default":
+        mask = run.batch * run.prompt * run.context * (1 + element)
+        repeated = 2 * run.batch * run.context * shape.heads * shape.head_dim * element * (shape.heads > shape.kv_heads)
+        how = "prompt x cache, as bool and 16 bit; keys and values of a layer for each head"
+        parts.append(Component("attention: mask", mask + repeated, how, "transformers"))
+    return parts
+
+
+def room(card: Gpu, engine: str) -> float:
+    """Return the bytes a process can have of an idle card; for vLLM its reservation."""
+    total = card.usable_gib * GIB if card.usable_gib else card.memory_gb * 1e9  # the smaller reading of its GB
+    free = total - FITTED["driver"]
+    return free * UTILISATION if engine == "vllm" else free
+
+
+def _beside_weights_in_vllm(about: Sized, run: Setting, kv_values: float) -> list[Component]:
+    size, how = activations(about, run, run.step, hidden_states=3), f"MLP of a full step of {run.step:,} tokens"
+    outside = ASSUMED["vLLM outside its budget"]
+    return [
+        Component("KV cache", kv_values * run.context, "keys and values of every token"),
+        Component("activations", size, how, "vLLM's profile run"),
+        Component("CUDA context and libraries", outside, "a constant", "assumed: one run", OUTSIDE),
+    ]

@@ -1,0 +1,136 @@
+"""How fast a model will be on a card: the time to ask for every operation, to read the weights, or to multiply.
+
+Whichever is longest counts. The default ``generate`` asks for over a thousand operations a token from Python, one
+after another (notebook 11 counts them), so its speed is the host's; a recorded step, and vLLM, wait for memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import catalog
+from ..catalog.gpus import find_gpu
+
+if TYPE_CHECKING:
+    from ..catalog.gpus import Gpu
+    from .parts import Setting
+    from .shapes import Sized
+
+REQUESTS = {
+    "LlamaForCausalLM": (38, 16),
+    "Qwen2ForCausalLM": (38, 16),
+    "Qwen3ForCausalLM": (50, 16),
+    "GlmForCausalLM": (41, 16),
+    "AlibiLlamaForCausalLM": (40, 12),
+    "ChatGLM1ForCausalLM": (26, 59),
+    4: (39, 4),
+    5: (42, 4),
+    6: (67, 4),
+    7: (76, 0),
+}
+"""Operations that PyTorch is asked for in one decode step: of each layer, and beside. Numbers are RWKV's versions."""
+
+FITTED = {
+    # tpot at batch 1, 128 + 32 or 64 tokens, default generate, hosts of one H100 machine, 2026-11-24
+    "request": 21e-6,  # seconds; median of the fitted 16-bit rows, 21.4 microseconds, rounded
+    "request, least": 16e-6,  # least and most over the fitted rows (18.0, 33.8), a tenth wider: the host's day
+    "request, most": 37e-6,
+    "nf4 matrix": 26e-6,  # more for each bitsandbytes 4-bit matrix; median of the fitted nf4 rows
+    "int8 matrix": 314e-6,  # more for each int8 matrix: the host waits for the outliers; two rows, none held out
+}
+
+EFFICIENCY = {"default": 0.72, "static": 0.55, "compiled": 0.72, "vllm": 0.72}
+"""Share of a copy's bandwidth that reading the weights reaches. Not yet fitted: vllm is one Llama-2-7B run of vLLM
+0.26 on an H100, the others are assumed after it; no rows are recorded."""
+
+PREFILL_SHARE = 0.7
+"""Share of a plain matrix product's rate that a long prefill reaches: assumed, no rows are recorded."""
+
+PREFILL_SOURCE = "whole prompt at once; rate of long ones assumed, not yet fitted"
+
+UNPACKED_FROM = 5
+"""Tokens in a step from which bitsandbytes unpacks a 4-bit matrix to 16 bit (0.50.2: its own kernel up to 4)."""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Tokens a second over the whole batch, and what the time goes to."""
+
+    expected: float
+    least: float
+    most: float
+    bound: str
+
+
+def decode_range(about: Sized, run: Setting, weight_bytes: float, card: Gpu) -> Decode:
+    """Predict decode speed; launch-bound speeds come with the range that one host showed."""
+    how = "vllm" if run.engine == "vllm" else run.decoding
+    kv = run.batch * (run.prompt + run.context) / 2 * about.shape.kv_values_per_token() * run.element
+    lookup = (
+        0 if getattr(about.shape, "tied", False) else about.shape.vocab_size * about.shape.hidden_size * run.element
+    )
+    state = 2 * run.batch * 4 * about.shape.state_values()
+    moved = weight_bytes - lookup + kv + state
+    if run.precision.startswith("nf4") and run.engine == "transformers" and run.batch >= UNPACKED_FROM:
+        moved += about.shape.matrices() * 2 * run.element  # written in 16 bit, and read again
+    reading = moved / (bandwidth(card) * 1e9 * EFFICIENCY[how])
+    multiplying = 2 * run.batch * parameters_used(about) / (matmul_rate(card, run.precision) * 1e12 * PREFILL_SHARE)
+    floor = max(reading, multiplying)
+    launches = {key: launch_seconds(about, run, key) if how == "default" else 0.0 for key in ("", ", least", ", most")}
+    speeds = {key: run.batch / max(floor, seconds) for key, seconds in launches.items()}
+    bound = "launches" if launches[""] > floor else "memory" if reading >= multiplying else "compute"
+    return Decode(speeds[""], speeds[", most"], speeds[", least"], bound)
+
+
+def prefill_tokens_per_s(about: Sized, run: Setting, card: Gpu) -> float | None:
+    """Predict how many prompt tokens a second one forward pass reads; None for RWKV, of which nothing is recorded."""
+    shape = about.shape
+    if shape.kind == "rwkv":
+        return None
+    tokens = run.batch * run.prompt
+    operations = 2 * tokens * shape.matrices() + 2 * run.batch * shape.vocab_size * shape.hidden_size
+    operations += 2 * run.batch * run.prompt**2 * shape.heads * shape.head_dim * shape.layers  # scores, values; causal
+    seconds = operations / (matmul_rate(card, run.precision) * 1e12 * PREFILL_SHARE)
+    if run.engine == "transformers":
+        seconds = max(seconds, launch_seconds(about, run))
+    return tokens / seconds
+
+
+def launch_seconds(about: Sized, run: Setting, which: str = "") -> float:
+    """Return the seconds that asking for one step's operations takes, or the least or most; ``which`` as in FITTED."""
+    version = about.shape.version if about.shape.kind == "rwkv" else about.native_class
+    each, beside = REQUESTS.get(version, REQUESTS["LlamaForCausalLM"])
+    more = FITTED.get(f"{run.precision.removesuffix('-double')} matrix", 0.0) * about.linears()
+    requests = each * about.shape.layers + beside
+    return (requests * FITTED["request"] + more) * FITTED[f"request{which}"] / FITTED["request"]
+
+
+def parameters_used(about: Sized) -> int:
+    """Count the weights one token is multiplied with: the layers' matrices and the output layer."""
+    return about.shape.matrices() + about.shape.vocab_size * about.shape.hidden_size
+
+
+def bandwidth(card: Gpu) -> float:
+    """Return the GB/s that a copy reaches: recorded, else the datasheet's times the share recorded elsewhere."""
+    return _reached("bandwidth", card, lambda one: one.bandwidth_gb_s)
+
+
+def matmul_rate(card: Gpu, precision: str) -> float:
+    """Return the TFLOPS that a matrix product reaches: recorded, else the datasheet's times that share."""
+    if precision == "fp32":
+        return _reached("matmul_rate_fp32", card, lambda one: one.rates.fp32)
+    if precision == "bf16" and card.rates.bf16 is None:
+        return card.rates.fp32 * 0.8  # emulated, without tensor cores
+    return _reached("matmul_rate_bf16", card, lambda one: one.rates.fp16)
+
+
+def _reached(name: str, card: Gpu, datasheet: Callable[[Gpu], float]) -> float:
+    rows = [(find_gpu(row.device), row.value) for row in catalog.measured(name=name, engine="torch")]
+    rows = [(one, value) for one, value in rows if one is not None]
+    own = [value for one, value in rows if one.id == card.id]
+    if own:
+        return statistics.median(own)
+    return datasheet(card) * statistics.median([value / datasheet(one) for one, value in rows] or [0.8])

@@ -1,0 +1,370 @@
+"""The estimator against every recorded row, by hand where nothing is recorded, and its errors.
+
+The constants of ``FITTED`` were read from the rows of the models that ``held_out`` leaves; the others' rows test them.
+A kind of figure without rows is skipped and says so. Run with ``-rs -s`` to see how many rows each kind covered.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from datetime import date
+
+import pytest
+
+from helpers import catalog
+from helpers import estimate as public
+from helpers.catalog.gpus import find_gpu
+from helpers.errors import HelpersError
+from helpers.memory import others, predict
+from helpers.memory.estimate import estimate
+from helpers.memory.parts import BYTES, GIB, MIB, Setting, activations, memory, weight_bytes
+from helpers.memory.shapes import CLASSES, shape_of, sized
+
+IDS = list(catalog.models())
+
+HOST_WAS_SLOW = {
+    ("chatglm3-6b", "fp16", "01_chatglm"),
+    ("llama2-chinese-7b", "fp16", "03_llama2_chinese"),
+    ("qwen-7b", "bf16", "05_qwen"),
+    ("baichuan-7b", "fp16", "python -m helpers measure"),
+}
+"""Default decoding waits for the host, and the host's speed varies: these rows took over a fifth longer than the same
+number of requests did in others (baichuan-7b has the very shape of llama2-chinese-7b and took 1.6 times its time)."""
+
+NOT_UNDERSTOOD = {
+    ("chatglm2-6b", "nf4", "python -m helpers measure"),
+    ("chatglm3-6b", "nf4", "python -m helpers measure"),
+}
+"""nf4 of these is slower than the same requests of other shapes, both times alike; not explained."""
+
+NOTHING = f"no rows of this kind are recorded yet ({date.today().isoformat()})"
+
+
+def held_out(model):
+    """Every third model of the catalogue had no part in fitting."""
+    return IDS.index(model) % 3 == 2
+
+
+def run_of(row):
+    """Return the estimate of a row's run; a row of loading alone has no lengths."""
+    prompt, new = row.prompt_tokens or 1, row.new_tokens or 1
+    card, how = find_gpu(row.device), row.decoding or "default"
+    about = {"prompt_tokens": prompt, "decoding": how}
+    return estimate(row.model, row.precision, row.engine, row.batch or 1, prompt + new, card and card.id, **about)
+
+
+def predicted(row):
+    """Return what the estimator says of a row's figure, in the row's unit."""
+    run = run_of(row)
+    kinds = {
+        "weights": lambda: sum(part.bytes for part in run.components if part.name.startswith("weights")) / GIB,
+        "load_allocated_peak": lambda: run.moments["loading"] / GIB,
+        "allocated_peak": lambda: max(run.moments["prefill"], run.moments["decode"]) / GIB,
+        "reserved_peak": lambda: run.bytes("allocated", "cached") / GIB,
+        "nvml_process": lambda: run.total / GIB,
+        "decode_speed": lambda: run.decode_tokens_per_s,
+        "prefill_speed": lambda: run.prefill_tokens_per_s,
+    }
+    return kinds[row.name]()
+
+
+def errors(name, precisions, decoding="default", engine="transformers"):
+    """Return {(model, precision, notebook, lengths): relative error}; skip where nothing is recorded."""
+    about = {"name": name, "weights": ["random", "hub"], "engine": engine, "precision": precisions}
+    if name not in ("weights", "load_allocated_peak"):
+        about["decoding"] = decoding
+    rows = [row for row in catalog.measured(**about) if find_gpu(row.device)]
+    rows = [row for row in rows if name in ("weights", "load_allocated_peak") or row.prompt_tokens]
+    if not rows:
+        pytest.skip(NOTHING)
+    found = {}
+    for row in rows:
+        lengths = (row.batch, row.prompt_tokens, row.new_tokens)
+        found[row.model, row.precision, row.notebook, lengths] = predicted(row) / row.value - 1
+    held = [abs(error) for (model, *_), error in found.items() if held_out(model)]
+    size = [abs(error) for error in found.values()]
+    print(f"{name} {precisions} {decoding}: {len(size)} rows, {len(held)} held out, ", end="")
+    print(f"median {statistics.median(size):.2%}, most {max(size):.2%}, held out {max(held, default=0):.2%}")
+    return found
+
+
+KINDS = [["fp16", "bf16"], ["int8"], ["nf4"], ["gptq-int4", "gptq-int8", "awq-int4", "fp8"]]
+
+
+@pytest.mark.parametrize("precisions", KINDS, ids=str)
+def test_weights_within_one_percent(precisions):
+    assert {row: error for row, error in errors("weights", precisions).items() if abs(error) > 0.01} == {}
+
+
+@pytest.mark.parametrize("decoding", ["default", "static", "compiled"])
+@pytest.mark.parametrize("precisions", KINDS, ids=str)
+@pytest.mark.parametrize("name", ["load_allocated_peak", "allocated_peak", "reserved_peak", "nvml_process"])
+def test_peak_within_five_percent(name, precisions, decoding):
+    if name == "load_allocated_peak" and decoding != "default":
+        pytest.skip("loading comes before decoding")
+    found = errors(name, precisions, decoding)
+    assert {row: error for row, error in found.items() if abs(error) > 0.05} == {}
+    assert statistics.median(map(abs, found.values())) <= 0.02
+
+
+@pytest.mark.parametrize("engine,decoding", [("transformers", "static"), ("transformers", "compiled"), ("vllm", None)])
+def test_decode_speed_within_a_fifth_where_memory_bounds_it(engine, decoding):
+    found = errors("decode_speed", list(BYTES), decoding, engine)
+    assert {row: error for row, error in found.items() if abs(error) > 0.2} == {}
+
+
+@pytest.mark.parametrize("precisions", KINDS, ids=str)
+def test_default_decode_speed_within_a_fifth_but_for_rows_that_are_named(precisions):
+    found = errors("decode_speed", precisions)
+    known = {row for row in HOST_WAS_SLOW | NOT_UNDERSTOOD if row[1] in precisions}
+    assert {row[:3] for row, error in found.items() if abs(error) > 0.2} == known
+
+
+def test_every_default_row_is_in_the_range_of_the_host():
+    rows = catalog.measured(name="decode_speed", decoding="default", weights="random")
+    outside = []
+    for row in rows:
+        low, high = run_of(row).decode_range
+        if not low <= row.value <= high:
+            outside.append((row.model, row.precision, row.notebook, row.value))
+    assert len(rows) > 20 and outside == []
+
+
+def test_prefill_speed_within_a_factor_of_two():
+    """128 tokens wait for the host as well; of long prompts nothing is recorded, and their rate is assumed."""
+    found = errors("prefill_speed", ["fp16", "bf16", "nf4", "int8"])
+    assert max(map(abs, found.values())) < 1
+
+
+@pytest.mark.parametrize(
+    "model,recorded,fitted", [("llama2-chinese-7b", 116_768, True), ("chatglm3-6b", 2_159_616, False)]
+)
+def test_kv_tokens_of_vllm_within_three_percent(model, recorded, fitted):
+    """What vLLM 0.26.0 told at start on an H100 80GB HBM3, 0.9 of the card; not yet rows of the catalogue."""
+    tokens = estimate(model, "fp16", "vllm", gpu="h100-sxm", context=256).kv_tokens
+    assert tokens == pytest.approx(recorded, rel=0.001 if fitted else 0.03)
+
+
+def test_scales_by_hand():
+    about = sized("llama2-chinese-7b")
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    rest = 2 * (sum(about.shape.count_parameters().values()) - linear)
+    rows, columns = 32 * (5 * 4096 + 2 * 11008), 32 * (6 * 4096 + 11008)
+    assert about.rows_and_columns() == (rows, columns)
+    assert weight_bytes(about, "nf4") == rest + linear / 2 + linear / 16
+    assert weight_bytes(about, "nf4-double") == pytest.approx(rest + linear / 2 + linear / 64 * (1 + 4 / 256))
+    assert weight_bytes(about, "int8") == rest + linear + 4 * rows
+    assert weight_bytes(about, "gptq-int4") == rest + linear / 2 + 2.5 * linear / 128 + 4 * columns
+    assert weight_bytes(about, "awq-int4", 64) == rest + linear / 2 + 2.5 * linear / 64
+    assert weight_bytes(about, "fp32", element=4) == 2 * weight_bytes(about, "fp16")
+
+
+def test_rows_and_columns_agree_with_the_matrices_of_the_real_classes():
+    import torch
+
+    from helpers.checkpoints.random import full_config
+    from helpers.native import model_class, register
+
+    register()
+    for id in ("chatglm3-6b", "chatglm-6b", "qwen3-8b", "baichuan-13b", "rwkv-4-7b", "rwkv-6-7b", "rwkv-7-2.9b"):
+        row = catalog.model(id)
+        with torch.device("meta"):
+            net = model_class(row.native_class)._from_config(full_config(row), dtype=torch.bfloat16)
+        matrices = [module.weight for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)]
+        head = net.get_output_embeddings().weight
+        matrices = [weight for weight in matrices if weight is not head]
+        if row.family == "rwkv":  # its low-rank pairs are left in 16 bit
+            matrices = [weight for weight in matrices if min(weight.shape) > 512]
+        about = sized(id)
+        assert sum(weight.numel() for weight in matrices) == about.shape.matrices(), id
+        assert len(matrices) == about.linears(), id
+        assert tuple(sum(weight.shape[side] for weight in matrices) for side in (0, 1)) == about.rows_and_columns(), id
+        assert max(weight.numel() for weight in matrices) == about.largest_matrix(), id
+
+
+def test_requests_are_what_pytorch_is_asked_for():
+    import torch
+    import transformers
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from helpers.checkpoints.random import full_config
+    from helpers.native import model_class, register
+
+    class Count(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.seen += not operation.is_view
+            return operation(*args, **(kwargs or {}))
+
+    register()
+    for name, (each, beside) in list(predict.REQUESTS.items()):
+        if isinstance(name, int):
+            continue  # RWKV's kernels have no meta device
+        row = next(row for row in catalog.models().values() if row.native_class == name)
+        config = full_config(row)
+        config.num_hidden_layers = 3
+        with torch.device("meta"):
+            net = model_class(name)._from_config(config, dtype=torch.bfloat16)
+        token, cache = torch.zeros(1, 1, dtype=torch.long, device="meta"), transformers.DynamicCache(config=config)
+        with torch.inference_mode(), Count() as count:
+            net(input_ids=token, past_key_values=cache, use_cache=True)
+        assert count.seen == 3 * each + beside, name
+
+
+def test_parts_by_hand():
+    about = sized("llama2-chinese-7b")
+    run = Setting("fp16", "transformers", "default", batch=2, prompt=1000, context=1100)
+    parts = {part.name: part.bytes for part in memory(about, run)[0]}
+    assert parts["activations"] == 2 * 1000 * 2 * (4 * 4096 + 3 * 11008) == activations(about, run, 2000)
+    assert parts["KV cache"] == 2 * 1000 * 512 * 1024
+    assert parts["cuBLAS workspace"] == 32 * MIB
+    moments = memory(about, run)[1]
+    assert max(moments, key=moments.get) == "prefill"
+    long = Setting("fp16", "transformers", "default", batch=1, prompt=1, context=4000)
+    sizes = {part.name: part.bytes for part in memory(about, long)[0]}
+    assert sizes["KV cache"] == sizes["freed blocks of the growing cache"] == 4000 * 512 * 1024
+    assert sizes["one layer's new keys"] == 4000 * 8 * 1024 and sizes["logits"] == 6 * 32000
+    every = Setting("fp16", "transformers", "default", 1, 1000, 1000, all_logits=True)
+    assert {part.name: part.bytes for part in memory(about, every)[0]}["logits of the prompt"] == 6 * 1000 * 32000
+
+
+def test_a_static_cache_is_whole_from_the_start_and_never_copied():
+    about = sized("chatglm3-6b")
+    parts = {
+        part.name: part.bytes for part in memory(about, Setting("fp16", "transformers", "static", 1, 100, 8000))[0]
+    }
+    assert parts["KV cache"] == 8000 * 28 * 1024 and "freed blocks of the growing cache" not in parts
+    assert parts["attention: mask"] == 100 * 8000 * 3 + 2 * 8000 * 4096 * 2
+
+
+def test_rwkv_has_a_state_whatever_the_length():
+    short, long = (estimate("rwkv-6-7b", context=tokens, prompt_tokens=64, gpu="rtx-4090") for tokens in (100, 4000))
+    assert short.total == long.total and "RWKV's state" in {part.name for part in long.components}
+    assert long.prefill_tokens_per_s is None and long.decode_tokens_per_s > 0
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("gpu", ["t4", "h100-sxm"])
+def test_longest_context_and_largest_batch_are_the_last_that_fit(gpu, engine):
+    run = estimate("internlm2-7b", "nf4", engine, 4, 3000, gpu)
+    assert gpu in run.fits_on and run.longest_context > 3000 and run.largest_batch > 4
+    assert gpu in estimate("internlm2-7b", "nf4", engine, run.largest_batch, 3000, gpu).fits_on
+    assert gpu not in estimate("internlm2-7b", "nf4", engine, run.largest_batch + 1, 3000, gpu).fits_on
+    assert gpu in estimate("internlm2-7b", "nf4", engine, 4, run.longest_context, gpu).fits_on
+    if run.longest_context < catalog.model("internlm2-7b").context:
+        assert gpu not in estimate("internlm2-7b", "nf4", engine, 4, run.longest_context + 1, gpu).fits_on
+
+
+def test_vllm_fills_its_reservation():
+    run = estimate("chatglm3-6b", "fp16", "vllm", gpu="h100-sxm")
+    assert run.total == pytest.approx(0.9 * (catalog.gpu("h100-sxm").usable_gib - 0.477) * GIB)
+    assert run.largest_batch == run.kv_tokens // 2048
+
+
+def test_what_fits_where():
+    assert "t4" in estimate("chatglm3-6b", "nf4").fits_on
+    whole = estimate("baichuan-13b", "auto", gpu="t4")
+    assert "t4" not in whole.fits_on and "rtx-4090" not in whole.fits_on and "a100-pcie-80gb" in whole.fits_on
+    assert whole.longest_context == whole.largest_batch == 0 and ", fp16," in whole.title
+
+
+def test_a_card_without_bf16_is_told():
+    run = estimate("qwen-7b", "bf16", gpu="t4")
+    assert any("no bf16" in note for note in run.notes) and "no bf16" in str(run)
+    assert run.prefill_tokens_per_s < estimate("qwen-7b", "fp16", gpu="t4").prefill_tokens_per_s / 5
+
+
+def test_speeds_follow_the_card():
+    fast, slow = (estimate("qwen-7b", "auto", "vllm", gpu=gpu) for gpu in ("h100-sxm", "a10"))
+    assert fast.bound == slow.bound == "memory"
+    ratio = predict.bandwidth(catalog.gpu("h100-sxm")) / predict.bandwidth(catalog.gpu("a10"))
+    assert fast.decode_tokens_per_s / slow.decode_tokens_per_s == pytest.approx(ratio)
+    assert estimate("qwen-7b", gpu="h100-sxm").bound == "launches"
+    many = estimate("chatglm3-6b", "auto", "vllm", 2000, 512, "h100-sxm")
+    assert many.bound == "compute"
+
+
+def test_an_own_config_is_sized_like_the_catalogue(tmp_path):
+    from helpers.checkpoints.random import full_config
+
+    for id, row in catalog.models().items():
+        if row.family == "rwkv" or row.native_class is None:
+            continue
+        config = full_config(row)
+        shape = shape_of(config)
+        assert shape.count_parameters() == row.shape.count_parameters(), id
+        assert (shape.matrices(), shape.kv_values_per_token()) == (
+            row.shape.matrices(),
+            row.shape.kv_values_per_token(),
+        )
+        assert CLASSES[config.model_type] == row.native_class
+    for config in (catalog.model("qwen-7b").original_config, full_config(catalog.model("qwen-7b")).to_dict()):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for path in (tmp_path, str(tmp_path / "config.json")):
+            assert estimate(path, "nf4", gpu="t4").total == estimate("qwen-7b", "nf4", gpu="t4").total
+    assert estimate("Qwen/Qwen-7B-Chat", "nf4", gpu="t4").total == estimate("qwen-7b", "nf4", gpu="t4").total
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        ({"model": "qwen-8b"}, "unknown model 'qwen-8b'.*qwen-7b"),
+        ({"precision": "int3"}, "unknown precision 'int3'"),
+        ({"engine": "tgi"}, "unknown engine 'tgi'"),
+        ({"decoding": "fast"}, "unknown decoding 'fast'"),
+        ({"gpu": "t5"}, "unknown GPU 't5'.*t4"),
+        ({"batch": 0}, "batch is 0"),
+        ({"context": -1}, "context is -1"),
+        ({"context": 2.5}, "context is 2.5"),
+        ({"prompt_tokens": 4096}, "prompt_tokens is 4096, more than the whole context of 2048"),
+        ({"model": "rwkv-6-7b", "engine": "vllm"}, "vLLM serves no RWKV"),
+        ({"group_size": 0, "precision": "gptq-int4"}, "group_size is 0"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments, said):
+    with pytest.raises(HelpersError, match=said):
+        estimate(**({"model": "qwen-7b"} | arguments))
+
+
+@pytest.mark.parametrize(
+    "text,said", [('{"model_type": "mamba"}', "'mamba'.*llama, "), ("[]", "no model_type"), ("{", "not JSON")]
+)
+def test_a_config_that_cannot_be_sized(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(HelpersError, match=said):
+        estimate(tmp_path)
+
+
+def test_it_reads_well_and_needs_no_torch():
+    run = public("chatglm3-6b", "nf4", gpu="t4")
+    for word in ("scales", "total", "fits on", "longest context", "decode", "tokens/s"):
+        assert word in str(run) and word in run._repr_html_()
+    import subprocess
+    import sys
+
+    code = "import sys; from helpers import estimate; estimate('qwen-7b', gpu='t4'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_others_by_hand():
+    about = sized("llama2-chinese-7b")
+    half = 2 * (2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008))
+    rest = 8 * 100 * 4096 * 32 + 10 * 100 * 4096 + 2 * 100**2 * 32 + 650 * MIB
+    assert others.gpu_poor(about, "fp16", 100) == half + rest
+    assert others.gpu_poor(about, "nf4", 100) == pytest.approx(0.31 * half + rest)
+    assert others.hf_mem(about, "nf4", 1, 100) is None
+    assert others.hf_mem(about, "fp16", 2, 100) == 2 * sum(about.shape.count_parameters().values()) + 200 * 512 * 1024
+    total = sum(about.shape.count_parameters().values())
+    assert others.accelerate_memory("llama2-chinese-7b", "nf4") == pytest.approx(total / 2, rel=0.001)
+
+
+def test_ours_is_nearer_than_the_others():
+    for figure in ("allocated_peak", "nvml_process"):
+        rows = others.side_by_side(figure)
+        for name in ("gpu_poor", "hf_mem", "accelerate"):
+            pairs = [(abs(row["estimate"]), abs(row[name])) for row in rows if row[name] is not None]
+            ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+            print(f"{figure}: {name} {theirs:.1%}, ours {ours:.1%} on the same {len(pairs)} rows")
+            assert pairs and ours < theirs
