@@ -80,6 +80,10 @@ def load(
             from .random import full_config, random_state
 
             config = full_config(row)
+            marks = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+            for name in marks:  # the tokenizer is the stand-in's, and ChatGLM-6B looks its marks up in the prompt
+                if name.endswith("_token_id"):
+                    setattr(config, name, marks[name])
             state = random_state(config, dtype, device)
             loaded = model_class(row.native_class).from_pretrained(None, config=config, state_dict=state, **options)
             loaded.generation_config = transformers.GenerationConfig.from_pretrained(folder)
