@@ -119,7 +119,7 @@ def quantizing(
     register()
     target, device = Path(target), pick_device(device)
     _check_target(target, replace)
-    partial = target.with_name(target.name + ".partial")
+    partial, earlier = (target.with_name(f"{target.name}.{word}") for word in ("partial", "earlier.partial"))
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     started, bar_was_on = time.monotonic(), transformers_logging.is_progress_bar_enabled()
@@ -142,8 +142,11 @@ def quantizing(
             "seconds": round(time.monotonic() - started, 2),
         }
         (partial / RECEIPT).write_text(json.dumps(job.receipt, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # keep the earlier result until this one is in its place
+            shutil.rmtree(earlier, ignore_errors=True)
+            target.rename(earlier)
         partial.rename(target)
+        shutil.rmtree(earlier, ignore_errors=True)
     except BaseException as error:  # an interruption too
         shutil.rmtree(partial, ignore_errors=True)
         if _disk_is_full(error):

@@ -46,7 +46,7 @@ def gptq(
         bits: 2, 3, 4 or 8.
         group_size: weights that share a scale: 16, 32, 64, 128, or -1 for a row. It has to divide every row.
         desc_act: take columns by falling activation; better, and slower to run.
-        sym: no zero points; what fast kernels want.
+        sym: no zero points, which fast kernels (Marlin) ask for; at 3 bits and below, False is much better.
         damp: part of the mean of the Hessian's diagonal that is added to it.
         calibration: texts, the path of a text file, or None for the shipped poems.
         samples: texts used at most.
@@ -131,7 +131,7 @@ def _run(
     rows = ids and [{"input_ids": one, "attention_mask": [1] * len(one)} for one in ids]
     blocks = len({name.split(".layers.")[1].split(".")[0] for name in linear})
     logs = job.folder / "logs"
-    bar = tqdm(total=blocks, desc="quantising", unit="layer", delay=5)
+    bar = tqdm(total=blocks, desc="quantising", unit="layer", delay=5, disable=job.weights == "tiny")
     try:
         with quiet():
             library = _library()
