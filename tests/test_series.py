@@ -26,12 +26,13 @@ OTHER_PARAMETERS = {
     "07": {"precision": "nf4"},
     "08": {"model": "baichuan-13b", "precision": "int8"},
     "09": {"model": "rwkv-4-7b", "precision": "nf4", "longest": 1024},
-    "12": {"model": "chatglm3-6b", "precision": "nf4"},
-    "13": {"model": "chatglm3-6b", "precision": "nf4", "bits": 3, "group_size": 64},
-    "20": {"model": "baichuan2-13b", "precision": "nf4", "largest_batch": 4},
-    "14": {"model": "qwen-7b", "bits": 8, "group_size": 32},
     "10": {"model": "glm-4-9b", "ancestor": "chatglm3-6b", "precision": "int8"},
     "11": {"model": "internlm2-7b", "precision": "nf4"},
+    "12": {"model": "chatglm3-6b", "precision": "nf4"},
+    "13": {"model": "chatglm3-6b", "precision": "nf4", "bits": 3, "group_size": 64},
+    "14": {"model": "qwen-7b", "bits": 8, "group_size": 32},
+    "20": {"model": "baichuan2-13b", "precision": "nf4", "largest_batch": 4},
+    "21": {"model": "chatglm3-6b", "precision": "int8"},
 }
 """Beginning of a notebook's name -> what it must also run with, beside its defaults. Notebooks not there yet wait."""
 
