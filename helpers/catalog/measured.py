@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from ..errors import unknown
 from .models import model as get_model
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).with_name("measured")
 
 Text = Annotated[str, Field(min_length=1)]
+
+COUNTS = {"recited"}
+"""Figures that may be 0; a speed or a size of 0 was not measured."""
+
+Precision = Literal[
+    "fp32", "bf16", "fp16", "fp8", "w8a8", "int8", "nf4", "nf4-double", "fp4",
+    "gptq-int8", "gptq-int4", "gptq-int3", "rtn-int4", "rtn-int3", "awq-int4",
+]  # fmt: skip
+"""int8, nf4 and fp4 are bitsandbytes'; ``nf4-double`` quantises the scales too; ``rtn`` is rounding to nearest."""
 
 
 class MeasuredRow(Fact):
@@ -40,12 +49,12 @@ class MeasuredRow(Fact):
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    value: PositiveFloat
-    unit: Literal["GiB", "tokens/s", "s", "GB/s", "TFLOPS", "percent"]
+    value: NonNegativeFloat
+    unit: Literal["GiB", "tokens/s", "s", "GB/s", "TFLOPS", "percent", "perplexity", "poems", "bytes"]
     definition: Text
     model: Text | None
     weights: Literal["tiny", "random", "hub"] | None
-    precision: Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4", "gptq-int8", "gptq-int4", "awq-int4"] | None
+    precision: Precision | None
     engine: Literal["transformers", "vllm", "torch"]
     decoding: Literal["default", "static", "compiled"] | None
     batch: PositiveInt | None
@@ -56,6 +65,13 @@ class MeasuredRow(Fact):
     versions: Annotated[dict[str, Text], Field(min_length=1)]
     date: Day
     notebook: Text
+
+    @field_validator("value")
+    @classmethod
+    def _zero_only_of_counts(cls, value: float, info: ValidationInfo) -> float:
+        if value == 0 and info.data.get("name") not in COUNTS:
+            raise ValueError("Input should be greater than 0")
+        return value
 
     def setting(self) -> str:
         """Everything but value and date, as one text: two rows with the same setting measure the same thing."""

@@ -69,7 +69,9 @@ def _gptq_kernel(settings: dict[str, Any], config: Any, device: str) -> str:
     """Name GPTQModel's kernel where the one that it takes by itself fails; else ``"auto"``."""
     import torch
 
-    if device == "cpu":  # its 4-bit kernel takes these sizes, and its choice does not ask
+    if device == "cpu":
+        _without_compiling()
+        # Its 4-bit kernel takes these sizes, and its choice does not ask.
         return "auto" if settings["group_size"] in (32, 64, 128) else "gptq_torch"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "auto"
@@ -77,6 +79,17 @@ def _gptq_kernel(settings: dict[str, Any], config: Any, device: str) -> str:
     sizes = config.hidden_size, getattr(config, "intermediate_size", 0)
     marlin = settings["bits"] in (4, 8) and settings.get("sym", True) and all(size % 128 == 0 for size in sizes)
     return "gptq_marlin" if marlin else "gptq_triton"
+
+
+def _without_compiling() -> None:
+    """Let GPTQModel's plain kernel run as it is written.
+
+    It compiles itself at its first use, which on a CPU takes from seconds to half a minute and pays for that only
+    after many tokens; on CPUs without AVX-512 the code that torch 2.13 makes of it reads beyond a tensor's end.
+    """
+    with quiet():
+        from gptqmodel.nn_modules.qlinear import torch as kernel
+    kernel.torch_compile = lambda function, **_: function
 
 
 def unpack_quietly(model: PreTrainedModel) -> None:

@@ -68,9 +68,9 @@ def measure_matrix(
     sizes = {"batch": batch, "new_tokens": new_tokens}
     points = [sizes | {"prompt_tokens": length, "decoding": how} for length in prompt_tokens for how in decodings]
     for model, precision in itertools.product(models, precisions):
-        common(model=model, weights=weights, precision=precision, engine="transformers")
+        common(model=model, weights=weights, precision=precision, engine="transformers", device=device)
         print(f"{model} {precision}", flush=True)
-        missing = [point for point in points if not _done(output, "tpot", point)]
+        missing = [point for point in points if not is_done(output, "tpot", point)]
         if not missing:
             print("  measured already")
         todo = [point for point in missing if _fits_context(model, weights, point)]
@@ -88,13 +88,13 @@ def _measure_model(
     """Load one model, write down what that took unless the file says so already, and measure its points."""
     with measure("load") as loading:
         lm, _ = load(model, weights, precision, device)
-    if not _done(output, "weights", {}):
+    if not is_done(output, "weights", {}):
         size, what = (
             lm.get_memory_footprint() / GIB,
             "bytes of all parameters and buffers as loaded, quantised ones packed",
         )
         taken = [one for one in loading.figures("load") if one["name"] in ("load_seconds", "load_allocated_peak")]
-        _append(output, [figure("weights", size, "GiB", True, definition=what), *(figure(**one) for one in taken)])
+        append_rows(output, [figure("weights", size, "GiB", True, definition=what), *(figure(**one) for one in taken)])
     for point in points:
         print(f"  {point['prompt_tokens']} + {point['new_tokens']} tokens, {point['decoding']}: ", end="", flush=True)
         try:
@@ -103,7 +103,7 @@ def _measure_model(
             used = [one for one in generating.figures() if one["name"] != "seconds"]
             figures = [figure(**(one | point | PEAK.get(one["name"], {}))) for one in used]
             figures += [figure(**one) for one in speed.figures()]
-            _append(output, figures)
+            append_rows(output, figures)
             shown = [one for one in figures if one["name"] in ("allocated_peak", "decode_speed")]
             print(", ".join(f"{one['name']} {format_value(one['value'])} {one['unit']}" for one in shown))
         except TOO_MUCH as error:
@@ -111,14 +111,14 @@ def _measure_model(
         free()
 
 
-def _append(output: Path, figures: list[dict[str, Any]]) -> None:
+def append_rows(output: Path, figures: list[dict[str, Any]], source: str = SOURCE) -> None:
     """Add a point's rows at once: all of them or, when one does not hold, none."""
-    lines = "".join(json.dumps(measured_row(one, SOURCE), ensure_ascii=False) + "\n" for one in figures)
+    lines = "".join(json.dumps(measured_row(one, source), ensure_ascii=False) + "\n" for one in figures)
     with output.open("a", encoding="utf-8") as file:
         file.write(lines)
 
 
-def _done(output: Path, name: str, point: dict[str, Any]) -> bool:
+def is_done(output: Path, name: str, point: dict[str, Any]) -> bool:
     """Tell whether the file holds this figure of this point; ``tpot`` is the last that is written."""
     wanted = figure(name, 0, **point)
     about = {key: wanted[key] for key in ("name", "model", "weights", "precision", "device", *point)}

@@ -12,7 +12,7 @@ from typing import Any
 from .. import catalog
 from ..checkpoints.load import check_names, load, native_folder
 from ..errors import HelpersError, unknown
-from ..memory.matrix import TOO_MUCH, _append, _done
+from ..memory.matrix import TOO_MUCH, append_rows, is_done
 from ..memory.measure import free
 from ..report.record import common, figure
 from . import bitsandbytes, fp8, gptq, poems, w8a8
@@ -82,7 +82,7 @@ def quality_matrix(
     for model, precision in itertools.product(models, precisions):
         common(model=model, weights=weights, precision=precision, engine="transformers", device=device)
         print(f"{model} {precision}: ", end="", flush=True)
-        if _done(output, "recited", {}):
+        if is_done(output, "recited", {}):
             print("measured already", flush=True)
             continue
         started = time.monotonic()
@@ -94,7 +94,7 @@ def quality_matrix(
         finally:
             free()
         # measured_row lets a figure name its own source
-        _append(output, [one | {"notebook": SOURCE} for one in figures])
+        append_rows(output, figures, SOURCE)
         said = ", ".join(f"{one['name']} {one['value']:,.4g}" for one in figures)
         print(f"{said} ({time.monotonic() - started:.0f} s)", flush=True)
 
