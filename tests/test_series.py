@@ -32,6 +32,7 @@ OTHER_PARAMETERS = {
     "13": {"model": "chatglm3-6b", "precision": "nf4", "bits": 3, "group_size": 64},
     "14": {"model": "qwen-7b", "bits": 8, "group_size": 32},
     "15": {"model": "rwkv-6-7b", "precision": "nf4"},
+    "16": {"model": "chatglm3-6b", "precision": "nf4", "gpu": "rtx-4090", "batch": 4},
     "20": {"model": "baichuan2-13b", "precision": "nf4", "largest_batch": 4},
     "21": {"model": "chatglm3-6b", "precision": "int8"},
     "22": {"model": "chatglm3-6b", "precision": "nf4", "places": 2, "block_size": 64, "blocks": 40},
