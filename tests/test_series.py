@@ -62,7 +62,7 @@ HEADINGS = {
 PRIVATE_PATH = re.compile(r"(?<![\w.:/<])(/(home|root|work|tmp|Users|mnt|usr|opt)/|[A-Z]:\\)")
 MACHINE_CALLS = re.compile(
     r"perf_counter|time\.time\(|monotonic|%+time|nvidia-smi|mem_get_info|cpu_count"
-    r"|ready_seconds|\.metrics\(\)|\.log\(|\bpreflight\(|\.table\(\)|copy_bandwidth\(|matmul_rate\(|__version__"
+    r"|ready_seconds|server\.(metrics|log)\(|\bpreflight\(|\.table\(\)|copy_bandwidth\(|matmul_rate\(|__version__"
 )
 MACHINE_PRINTS = re.compile(r"print\(.*\b(used|speed)\.\w+|^(used|speed)(\.\w+)?$", re.MULTILINE)
 
