@@ -110,13 +110,21 @@ def test_a_script_that_ends_takes_its_server_along():
 
 def test_the_command_line_serves_until_ctrl_c():
     command = [sys.executable, "-m", "helpers", "serve", "qwen-7b", "-o", "max_model_len=64"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has its background jobs ignore it
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
         printed = [process.stdout.readline() for _ in range(3)]
         assert printed[1].startswith("export OPENAI_BASE_URL=http://127.0.0.1:") and "OPENAI_API_KEY" in printed[2]
         processes = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-    assert processes and alive(processes) == []
+        assert processes and alive(processes) == []
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_kernel_that_is_killed_takes_its_server_along():
