@@ -1,4 +1,4 @@
-"""Tests press Ctrl+C on programs they start. A shell has background jobs ignore it, and what they start inherits that."""
+"""Tests press Ctrl+C on programs they start, and a shell has its background jobs ignore it, with all they start."""
 
 import signal
 
