@@ -27,6 +27,7 @@ TARGETS = ["setup", "autogptq", "run", "test", "lab", "notebooks", "lint", "form
 # Imported under another name than the package has.
 PACKAGE_OF = {
     "IPython": "ipython",
+    "PIL": "pillow",
     "google": "protobuf",
     "opencc": "opencc-python-reimplemented",
     "pynvml": "nvidia-ml-py",

@@ -55,18 +55,20 @@ def show(fig: Figure, alt: str) -> None:
         HelpersError: ``alt`` is empty.
     """
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     if not alt.strip():
         raise HelpersError("cannot show this figure", "its alt text is empty", "say in alt= what the figure tells")
-    picture = io.BytesIO()
-    # Software=None: matplotlib would write its version into the file
-    fig.savefig(picture, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight")
     plt.close(fig)
     if not in_notebook():
         print(alt)
         return
     from IPython.display import publish_display_data
 
+    # A chart has few colours: with a palette it takes a third of the bytes, which git keeps for ever.
+    Image.open(drawn).convert("RGB").quantize(255).save(picture, "png", optimize=True)
     data = base64.b64encode(picture.getvalue()).decode()
     html = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}" style="max-width: 100%">'
     publish_display_data({"text/html": html, "text/plain": alt})
