@@ -85,7 +85,7 @@ def _without_compiling() -> None:
     """Let GPTQModel's plain kernel run as it is written.
 
     It compiles itself at its first use, which on a CPU takes from seconds to half a minute and pays for that only
-    after many tokens; on CPUs without AVX-512 the code that torch 2.13 makes of it reads beyond a tensor's end.
+    after many tokens; with AVX-512 switched off, the code that torch 2.13 made of it stopped at an index out of bounds.
     """
     with quiet():
         from gptqmodel.nn_modules.qlinear import torch as kernel
