@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from .memory import estimate, free, generation_speed, measure, memory_parts, preflight
     from .report import common, describe_parts, memory_bar, record, show, style, versions
     from .serving import offline_engine, serve
+    from .serving.bench import bench, bench_rates
 
 _MODULES = {
     "load": ".checkpoints",
@@ -28,11 +29,14 @@ _MODULES = {
     **dict.fromkeys(["estimate", "free", "generation_speed", "measure", "memory_parts", "preflight"], ".memory"),
     **dict.fromkeys(["common", "describe_parts", "memory_bar", "record", "show", "style", "versions"], ".report"),
     **dict.fromkeys(["offline_engine", "serve"], ".serving"),
+    **dict.fromkeys(["bench", "bench_rates"], ".serving.bench"),  # there, ``bench`` is the module
 }
 
 __all__ = [
     "FastDecoder",
     "HelpersError",
+    "bench",
+    "bench_rates",
     "catalog",
     "chat",
     "common",

@@ -15,6 +15,9 @@ import typer
 
 from .errors import HelpersError
 
+TOOK = ["quantise_seconds", "quantise_allocated_peak", "quantise_rss_peak"]
+"""What ``quantize --rows`` writes down."""
+
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
 
 
@@ -35,6 +38,13 @@ class Method(StrEnum):
     RTN = "rtn"
     W8A8 = "w8a8"
     FP8 = "fp8"
+
+
+class Engine(StrEnum):
+    """Who computes in ``measure``."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
 
 
 class Hub(StrEnum):
@@ -125,12 +135,17 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option("-o", help="NAME=VALUE, e.g. bits=4 or calibration=texts.txt; may be repeated")
     ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines to add to: time and memory that it took")] = None,
 ) -> None:
     """Quantise a model to a folder that load, transformers and vLLM read."""
     from inspect import signature
 
     from . import quantization
+    from .checkpoints.quantized import labels
     from .errors import unknown
+    from .memory.matrix import append_rows
+    from .memory.measure import measure
+    from .report.record import common, figure
 
     way = getattr(quantization, method.value)
     options = {name: _value(value) for name, value in _pairs(option, "-o", "bits=4").items()}
@@ -138,7 +153,12 @@ def quantize(
     for name in options:
         if name not in valid:
             raise unknown(f"option of {method.value}", name, valid)
-    print(way(model, target, weights=weights, device=device, **options))
+    with measure("quantise") as used:
+        print(way(model, target, weights=weights, device=device, **options))
+    if rows:
+        common(model=model, **labels(str(target), "auto"), device=device)
+        took = [one for one in used.figures("quantise") if one["name"] in TOOK]
+        append_rows(rows, [figure(**one) for one in took], "python -m helpers quantize")
 
 
 @app.command()
@@ -197,25 +217,75 @@ def measure_models(
     ),
     weights: Annotated[str, typer.Option(help="tiny, random, hub or a folder")] = "random",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
+    engine: Annotated[Engine, typer.Option(help="who computes")] = Engine.TRANSFORMERS,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="sequences at once; may be repeated")] = None,
     prompt_tokens: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated; 128 if left out")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 64,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="tokens of each answer; 64 if left out, vllm 128")
+    ] = None,
     decoding: Annotated[list[str] | None, typer.Option(help="default, static or compiled; may be repeated")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", help="NAME=VALUE for vLLM, e.g. tensor_parallel_size=2; may be repeated")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="of vLLM's figures' names, for a variant that no field tells")] = "",
 ) -> None:
     """Measure memory and speed of models x precisions x lengths; goes on where it was stopped."""
     from .memory.matrix import measure_matrix
+    from .serving.matrix import measure_engines
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    measure_matrix(
+    common = {"weights": weights, "device": device, "batches": batch or [1], "prompt_tokens": prompt_tokens or [128]}
+    if engine == Engine.VLLM:
+        if decoding:
+            raise HelpersError("cannot measure", "decoding is a choice of transformers", "leave --decoding out")
+        more = {name: _value(value) for name, value in _pairs(option, "-o", "tensor_parallel_size=2").items()}
+        lengths = {"new_tokens": new_tokens or 128, "prefix": prefix}
+        measure_engines(models, precision or ["auto"], output, **lengths, **common, **more)
+    else:
+        decodings = decoding or ["default"]
+        measure_matrix(
+            models, precision or ["auto"], output, new_tokens=new_tokens or 64, decodings=decodings, **common
+        )
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="model ids, as `list` shows them")],
+    rate: Annotated[list[float], typer.Option(help="requests a second, inf for all at once; may be repeated")],
+    precision: Annotated[list[str] | None, typer.Option(help="may be repeated; auto if left out")] = None,
+    output: Annotated[Path, typer.Option(help="JSON lines to add to; rates it holds are skipped")] = Path(
+        "build/bench.jsonl"
+    ),
+    weights: Annotated[str, typer.Option(help="tiny, random, hub or a folder")] = "random",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    requests: Annotated[int, typer.Option(min=1, help="sent at a rate, at the least")] = 100,
+    seconds: Annotated[float, typer.Option(min=1, help="for how long they are sent, at the least")] = 30,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 128,
+    goodput: Annotated[list[str] | None, typer.Option(help="NAME=MS, e.g. ttft_ms=500; may be repeated")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", help="NAME=VALUE for vLLM, e.g. data_parallel_size=2; may be repeated")
+    ] = None,
+) -> None:
+    """Serve models with vLLM and measure latency over the request rate; goes on where it was stopped."""
+    from .serving.bench import bench_matrix
+
+    limits = {name: float(value) for name, value in _pairs(goodput, "--goodput", "ttft_ms=500").items()}
+    more = {name: _value(value) for name, value in _pairs(option, "-o", "data_parallel_size=2").items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    bench_matrix(
         models,
         precision or ["auto"],
         output,
+        rates=rate,
         weights=weights,
         device=device,
-        batch=batch,
-        prompt_tokens=prompt_tokens or [128],
+        requests=requests,
+        seconds=seconds,
+        prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        decodings=decoding or ["default"],
+        goodput=limits,
+        options=more,
     )
 
 

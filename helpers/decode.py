@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,16 +131,22 @@ class FastDecoder:
     def _record(self) -> Callable[[], None]:
         """Run the step twice, so that every library is set up (and the step compiled), then record it."""
         with torch.cuda.device(self.model.device):
-            side = torch.cuda.Stream()
+            side = _side_stream(self.model.device.index)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._step()
                 self._step()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 self._step()
         return graph.replay
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream that steps of this device are recorded on: PyTorch keeps 32 MiB for cuBLAS on each new one."""
+    return torch.cuda.Stream(device)
 
 
 def fixed_cache(model: PreTrainedModel, length: int, batch: int) -> Any:

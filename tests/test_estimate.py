@@ -23,20 +23,16 @@ from helpers.memory.shapes import CLASSES, shape_of, sized
 
 IDS = list(catalog.models())
 
-HOST_WAS_SLOW = {
-    ("chatglm3-6b", "fp16", "01_chatglm"),
-    ("llama2-chinese-7b", "fp16", "03_llama2_chinese"),
-    ("qwen-7b", "bf16", "05_qwen"),
-    ("baichuan-7b", "fp16", "python -m helpers measure"),
-}
-"""Default decoding waits for the host, and the host's speed varies: these rows took over a fifth longer than the same
-number of requests did in others (baichuan-7b has the very shape of llama2-chinese-7b and took 1.6 times its time)."""
+SLOW_DAY = "2026-11-24"
+"""Default decoding waits for the host, and the host's speed varies: on this day it took a third longer than two days
+later, and up to 1.9 times as long. A fifth holds for rows of other days; these have to lie in the range."""
 
-NOT_UNDERSTOOD = {
-    ("chatglm2-6b", "nf4", "python -m helpers measure"),
-    ("chatglm3-6b", "nf4", "python -m helpers measure"),
+NAMED = {
+    ("chatglm-6b", "fp16", (1, 128, 64)),
+    ("chatglm-6b", "fp16", (1, 1984, 64)),
+    ("rwkv-4-7b", "bf16", (1, 1984, 64)),
 }
-"""nf4 of these is slower than the same requests of other shapes, both times alike; not explained."""
+"""Default rows of other days that are off by more than a fifth: our own classes, whose requests take longer each."""
 
 NOTHING = f"no rows of this kind are recorded yet ({date.today().isoformat()})"
 
@@ -69,19 +65,20 @@ def predicted(row):
     return kinds[row.name]()
 
 
-def errors(name, precisions, decoding="default", engine="transformers"):
-    """Return {(model, precision, notebook, lengths): relative error}; skip where nothing is recorded."""
+def errors(name, precisions, decoding="default", engine="transformers", but=None):
+    """Return {(model, precision, notebook, lengths): relative error}; skip where nothing is recorded but on a day."""
     about = {"name": name, "weights": ["random", "hub"], "engine": engine, "precision": precisions}
     if name not in ("weights", "load_allocated_peak"):
         about["decoding"] = decoding
-    rows = [row for row in catalog.measured(**about) if find_gpu(row.device)]
+    rows = [row for row in catalog.measured(**about) if find_gpu(row.device) and row.date.isoformat() != but]
     rows = [row for row in rows if name in ("weights", "load_allocated_peak") or row.prompt_tokens]
     if not rows:
         pytest.skip(NOTHING)
     found = {}
     for row in rows:
         lengths = (row.batch, row.prompt_tokens, row.new_tokens)
-        found[row.model, row.precision, row.notebook, lengths] = predicted(row) / row.value - 1
+        if (said := predicted(row)) is not None:  # of RWKV's prefill nothing is predicted
+            found[row.model, row.precision, row.notebook, lengths] = said / row.value - 1
     held = [abs(error) for (model, *_), error in found.items() if held_out(model)]
     size = [abs(error) for error in found.values()]
     print(f"{name} {precisions} {decoding}: {len(size)} rows, {len(held)} held out, ", end="")
@@ -90,6 +87,21 @@ def errors(name, precisions, decoding="default", engine="transformers"):
 
 
 KINDS = [["fp16", "bf16"], ["int8"], ["nf4"], ["gptq-int4", "gptq-int8", "awq-int4", "fp8"]]
+
+GROWN = {
+    (name, "qwen-7b", "bf16", lengths)
+    for name in ("reserved_peak", "nvml_process")
+    for lengths in [
+        (
+            32,
+            128,
+            128,
+        ),  # 35.6 GiB where the cache once more makes 22.5: freed blocks too small for the next, larger cache
+        (1, 8128, 64),  # 20.7 GiB where it makes 23.1
+    ]
+} | {(name, "qwen3-0.6b", "bf16", (1, 8128, 64)) for name in ("reserved_peak", "nvml_process", "allocated_peak")}
+"""Default generate at long or many sequences: what PyTorch keeps of the growing cache is not always one cache more;
+and of a small model at 8,192 tokens the activations count for more than the weights."""
 
 
 @pytest.mark.parametrize("precisions", KINDS, ids=str)
@@ -104,21 +116,24 @@ def test_peak_within_five_percent(name, precisions, decoding):
     if name == "load_allocated_peak" and decoding != "default":
         pytest.skip("loading comes before decoding")
     found = errors(name, precisions, decoding)
-    assert {row: error for row, error in found.items() if abs(error) > 0.05} == {}
+    known = {(model, precision, lengths) for one, model, precision, lengths in GROWN if one == name}
+    off = {row: error for row, error in found.items() if abs(error) > 0.05}
+    assert {row: error for row, error in off.items() if (row[0], row[1], row[3]) not in known} == {}
     assert statistics.median(map(abs, found.values())) <= 0.02
 
 
 @pytest.mark.parametrize("engine,decoding", [("transformers", "static"), ("transformers", "compiled"), ("vllm", None)])
-def test_decode_speed_within_a_fifth_where_memory_bounds_it(engine, decoding):
+def test_decode_speed_within_a_fifth_where_the_device_bounds_it(engine, decoding):
     found = errors("decode_speed", list(BYTES), decoding, engine)
     assert {row: error for row, error in found.items() if abs(error) > 0.2} == {}
 
 
 @pytest.mark.parametrize("precisions", KINDS, ids=str)
 def test_default_decode_speed_within_a_fifth_but_for_rows_that_are_named(precisions):
-    found = errors("decode_speed", precisions)
-    known = {row for row in HOST_WAS_SLOW | NOT_UNDERSTOOD if row[1] in precisions}
-    assert {row[:3] for row, error in found.items() if abs(error) > 0.2} == known
+    found = errors("decode_speed", precisions, but=SLOW_DAY)
+    known = {row for row in NAMED if row[1] in precisions}
+    off = {(model, precision, lengths) for (model, precision, _, lengths), error in found.items() if abs(error) > 0.2}
+    assert off == known
 
 
 def test_every_default_row_is_in_the_range_of_the_host():
@@ -132,18 +147,36 @@ def test_every_default_row_is_in_the_range_of_the_host():
 
 
 def test_prefill_speed_within_a_factor_of_two():
-    """128 tokens wait for the host as well; of long prompts nothing is recorded, and their rate is assumed."""
-    found = errors("prefill_speed", ["fp16", "bf16", "nf4", "int8"])
+    """128 tokens wait for the host as well; attention takes another share of long prompts in each model."""
+    found = errors("prefill_speed", ["fp16", "bf16", "nf4", "int8"], but=SLOW_DAY)
     assert max(map(abs, found.values())) < 1
 
 
-@pytest.mark.parametrize(
-    "model,recorded,fitted", [("llama2-chinese-7b", 116_768, True), ("chatglm3-6b", 2_159_616, False)]
-)
-def test_kv_tokens_of_vllm_within_three_percent(model, recorded, fitted):
-    """What vLLM 0.26.0 told at start on an H100 80GB HBM3, 0.9 of the card; not yet rows of the catalogue."""
-    tokens = estimate(model, "fp16", "vllm", gpu="h100-sxm", context=256).kv_tokens
-    assert tokens == pytest.approx(recorded, rel=0.001 if fitted else 0.03)
+def test_prefill_speed_of_long_prompts_within_a_quarter():
+    found = errors("prefill_speed", ["fp16", "bf16"])
+    long = {row: error for row, error in found.items() if row[3][1] > 1000 and row[0] != "qwen3-0.6b"}
+    assert len(long) > 15 and {row: error for row, error in long.items() if abs(error) > 0.25} == {}
+
+
+def test_kv_tokens_of_vllm_within_three_percent():
+    rows = catalog.measured(name="kv_tokens", engine="vllm", weights="random", parallel=None)
+    found = {}
+    for row in rows:
+        card = find_gpu(row.device).id
+        room = estimate(row.model, row.precision, "vllm", gpu=card, context=256).kv_tokens
+        found[row.model, row.precision] = room / row.value - 1
+    assert len(rows) >= 7 and {row: error for row, error in found.items() if abs(error) > 0.03} == {}
+
+
+def test_more_requests_fit_with_two_key_value_heads_as_predicted():
+    """ChatGLM3's tokens take 28 KiB, Qwen-7B's 512: the ratio of what fits, predicted and measured."""
+    said, real = ({}, {})
+    for model in ("chatglm3-6b", "qwen-7b"):
+        (row,) = catalog.measured(name="kv_tokens", model=model, engine="vllm", precision=["fp16", "bf16"])
+        real[model] = row.value
+        said[model] = estimate(model, "auto", "vllm", gpu=find_gpu(row.device).id, context=256).kv_tokens
+    ratio = said["chatglm3-6b"] / said["qwen-7b"]
+    assert ratio == pytest.approx(real["chatglm3-6b"] / real["qwen-7b"], rel=0.05) and ratio > 15
 
 
 def test_scales_by_hand():
@@ -259,7 +292,7 @@ def test_longest_context_and_largest_batch_are_the_last_that_fit(gpu, engine):
 
 def test_vllm_fills_its_reservation():
     run = estimate("chatglm3-6b", "fp16", "vllm", gpu="h100-sxm")
-    assert run.total == pytest.approx(0.9 * (catalog.gpu("h100-sxm").usable_gib - 0.477) * GIB)
+    assert run.total == pytest.approx(0.92 * (catalog.gpu("h100-sxm").usable_gib - 0.477) * GIB)
     assert run.largest_batch == run.kv_tokens // 2048
 
 
@@ -280,7 +313,7 @@ def test_speeds_follow_the_card():
     fast, slow = (estimate("qwen-7b", "auto", "vllm", gpu=gpu) for gpu in ("h100-sxm", "a10"))
     assert fast.bound == slow.bound == "memory"
     ratio = predict.bandwidth(catalog.gpu("h100-sxm")) / predict.bandwidth(catalog.gpu("a10"))
-    assert fast.decode_tokens_per_s / slow.decode_tokens_per_s == pytest.approx(ratio)
+    assert 0.8 * ratio < fast.decode_tokens_per_s / slow.decode_tokens_per_s < ratio  # kernels begin no faster
     assert estimate("qwen-7b", gpu="h100-sxm").bound == "launches"
     many = estimate("chatglm3-6b", "auto", "vllm", 2000, 512, "h100-sxm")
     assert many.bound == "compute"

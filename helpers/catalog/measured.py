@@ -21,7 +21,7 @@ FOLDER = Path(__file__).with_name("measured")
 
 Text = Annotated[str, Field(min_length=1)]
 
-COUNTS = {"recited"}
+COUNTS = {"recited", "goodput"}
 """Figures that may be 0; a speed or a size of 0 was not measured."""
 
 Precision = Literal[
@@ -32,7 +32,7 @@ Precision = Literal[
 
 
 class MeasuredRow(Fact):
-    """One figure and the whole of its circumstances. What does not apply is null, and must be given as null.
+    """One figure and the whole of its circumstances. What does not apply is null, and but for the last two is given so.
 
     Attributes:
         name: what was measured, e.g. ``decode_speed``, ``allocated_peak``, ``load_time``, ``bandwidth``.
@@ -46,11 +46,16 @@ class MeasuredRow(Fact):
         device: as NVML names it, or the processor's name. ``driver``: its version; null for a processor.
         versions: of the libraries that matter, at least one, e.g. ``{"torch": "2.13.0"}``.
         notebook: the notebook or command that measures it again.
+        requests_per_s: how many requests a second a server was sent; null, or left out, for anything else.
+        parallel: how a model was spread over several such devices: ``"tp2"`` tensor, ``"pp2"`` pipeline, ``"dp2"`` data
+            parallel; null, or left out, on one device.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     value: NonNegativeFloat
-    unit: Literal["GiB", "tokens/s", "s", "GB/s", "TFLOPS", "percent", "perplexity", "poems", "bytes"]
+    unit: Literal[
+        "GiB", "tokens/s", "s", "GB/s", "TFLOPS", "percent", "perplexity", "poems", "bytes", "tokens", "requests/s"
+    ]  # fmt: skip
     definition: Text
     model: Text | None
     weights: Literal["tiny", "random", "hub"] | None
@@ -65,6 +70,8 @@ class MeasuredRow(Fact):
     versions: Annotated[dict[str, Text], Field(min_length=1)]
     date: Day
     notebook: Text
+    requests_per_s: Annotated[float, Field(gt=0)] | None = None
+    parallel: Annotated[str, Field(pattern=r"^(tp|pp|dp)[2-9]$")] | None = None
 
     @field_validator("value")
     @classmethod

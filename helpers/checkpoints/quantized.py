@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import warnings
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..catalog import Model
+
+
+RECEIPT = "quantization.json"
+"""What helpers.quantization writes beside quantised weights: method, settings, calibration, versions."""
+
+
+def labels(weights: str, precision: str) -> dict[str, str]:
+    """Return what rows of a measurement say of weights and precision: of a quantised folder what its receipt says."""
+    file = Path(weights) / RECEIPT
+    if not file.is_file():
+        return {"weights": weights, "precision": precision}
+    made = json.loads(file.read_text(encoding="utf-8"))
+    settings = made["settings"]
+    kind = {"gptq": "gptq-int{bits}", "rtn": "rtn-int{bits}", "awq": "awq-int4", "bitsandbytes": "{precision}"}
+    return {"weights": made["weights"], "precision": kind.get(made["method"], made["method"]).format(**settings)}
 
 
 def quantized_by(folder: Path) -> str | None:

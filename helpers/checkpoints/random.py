@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +14,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ..catalog import Model
+
+SHARD = 5 * 10**9
+"""Largest weight file written, in bytes: what has to fit into RAM at once when a model is read."""
+
+GROUP = 128
+"""Weights that share a scale in the formats below: what published 4-bit checkpoints mostly have."""
+
+
+def _compressed(form: str, kind: str) -> dict[str, Any]:
+    """Describe 8-bit weights with a scale a row and 8-bit activations with a scale a token (compressed-tensors)."""
+    each = {"num_bits": 8, "type": kind, "symmetric": True}
+    inputs, weights = each | {"strategy": "token", "dynamic": True}, each | {"strategy": "channel", "dynamic": False}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": form}}
+    about = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+    return about | {"config_groups": groups, "ignore": ["lm_head"]}
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "gptq-int4": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "sym": True,
+        "desc_act": False,
+        "modules_in_block_to_quantize": [".layers."],  # which ones vLLM else learns from the files, which are not there
+    },
+    "awq-int4": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "w8a8": _compressed("int-quantized", "int"),
+    "fp8": _compressed("float-quantized", "float"),
+}
+"""``quantization_config`` of a folder in each precision, as helpers.quantization writes it, to the keys vLLM asks for.
+
+With it vLLM makes room for weights in that form and fills them at random: no checkpoint is needed to measure one.
+"""
 
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -70,3 +107,40 @@ def random_state(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> d
         empty = AutoModelForCausalLM.from_config(config)
     names = dict(empty.named_parameters())  # names a shared tensor once
     return {name: RandomTensor(name, tuple(tensor.shape), dtype, device) for name, tensor in names.items()}
+
+
+def save_random(row: Model, folder: Path, device: str) -> None:
+    """Write a model of random weights, full size and in its published type, shard by shard: for what reads files.
+
+    Args:
+        row: of the catalogue.
+        folder: folder to make, without a tokenizer; it takes as much disk as the model.
+        device: where the values are made, ``"cuda:0"`` or ``"cpu"``; the full model lies in no memory.
+    """
+    from safetensors.torch import save_file
+    from tqdm.auto import tqdm
+
+    from .load import pick_dtype
+
+    folder.mkdir(parents=True)
+    config = full_config(row)
+    config.dtype = pick_dtype(row.dtype, row.dtype, "cpu")
+    config.architectures = [row.native_class]
+    config.save_pretrained(folder)
+    shards: list[list[str]] = [[]]
+    state = random_state(config, config.dtype, device)
+    room = SHARD
+    for name, tensor in state.items():
+        size = config.dtype.itemsize * math.prod(tensor.shape)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(name)
+        room -= size
+    weight_map = {}
+    for number, names in enumerate(tqdm(shards, "writing random weights", delay=5), start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: state[name][...].cpu() for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

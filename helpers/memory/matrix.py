@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import catalog
 from ..checkpoints.load import check_names, load
+from ..checkpoints.quantized import labels
 from ..errors import HelpersError, unknown
 from ..report.record import common, figure, format_value, measured_row
 from .measure import GIB, free, measure
@@ -35,7 +36,7 @@ def measure_matrix(
     *,
     weights: str = "random",
     device: str = "auto",
-    batch: int = 1,
+    batches: Sequence[int] = (1,),
     prompt_tokens: Sequence[int] = (128,),
     new_tokens: int = 64,
     decodings: Sequence[str] = ("default",),
@@ -49,9 +50,9 @@ def measure_matrix(
         models: catalogue ids.
         precisions: as ``load``.
         output: file of JSON lines in the form of ``helpers.catalog.MeasuredRow``.
-        weights, device: as ``load``.
-        batch, new_tokens: as ``generation_speed``.
-        prompt_tokens, decodings: one or several, as ``generation_speed``.
+        weights, device: as ``load``; rows of a quantised folder say what weights it was made of.
+        new_tokens: as ``generation_speed``.
+        batches, prompt_tokens, decodings: one or several, as ``generation_speed``.
 
     Raises:
         HelpersError: an unknown name, before anything is measured.
@@ -65,10 +66,13 @@ def measure_matrix(
     for decoding in decodings:
         if decoding not in DECODING:
             raise unknown("decoding", decoding, list(DECODING))
-    sizes = {"batch": batch, "new_tokens": new_tokens}
-    points = [sizes | {"prompt_tokens": length, "decoding": how} for length in prompt_tokens for how in decodings]
+    sizes = itertools.product(batches, prompt_tokens, decodings)
+    points = [
+        {"batch": batch, "new_tokens": new_tokens, "prompt_tokens": length, "decoding": how}
+        for batch, length, how in sizes
+    ]
     for model, precision in itertools.product(models, precisions):
-        common(model=model, weights=weights, precision=precision, engine="transformers", device=device)
+        common(model=model, **labels(weights, precision), engine="transformers", device=device)
         print(f"{model} {precision}", flush=True)
         missing = [point for point in points if not is_done(output, "tpot", point)]
         if not missing:
@@ -96,7 +100,8 @@ def _measure_model(
         taken = [one for one in loading.figures("load") if one["name"] in ("load_seconds", "load_allocated_peak")]
         append_rows(output, [figure("weights", size, "GiB", True, definition=what), *(figure(**one) for one in taken)])
     for point in points:
-        print(f"  {point['prompt_tokens']} + {point['new_tokens']} tokens, {point['decoding']}: ", end="", flush=True)
+        sizes = f"{point['prompt_tokens']} + {point['new_tokens']} tokens"
+        print(f"  {point['batch']} x {sizes}, {point['decoding']}: ", end="", flush=True)
         try:
             with measure("generate") as generating:
                 speed = generation_speed(lm, **point)
@@ -121,9 +126,13 @@ def append_rows(output: Path, figures: list[dict[str, Any]], source: str = SOURC
 def is_done(output: Path, name: str, point: dict[str, Any]) -> bool:
     """Tell whether the file holds this figure of this point; ``tpot`` is the last that is written."""
     wanted = figure(name, 0, **point)
-    about = {key: wanted[key] for key in ("name", "model", "weights", "precision", "device", *point)}
+    about = {
+        key: wanted.get(key)
+        for key in ("name", "model", "weights", "precision", "engine", "device", "parallel", *point)
+    }
     lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    return any(about.items() <= json.loads(line).items() for line in lines if f'"{name}"' in line)
+    rows = (json.loads(line) for line in lines if f'"{name}"' in line)
+    return any(all(row.get(key) == value for key, value in about.items()) for row in rows)
 
 
 def _fits_context(model: str, weights: str, point: dict[str, Any]) -> bool:

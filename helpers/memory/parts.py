@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 GIB, MIB = 2**30, 2**20
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5, "nf4-double": 0.5}
-BYTES |= {"gptq-int8": 1.0, "gptq-int4": 0.5, "awq-int4": 0.5}
+BYTES |= {"w8a8": 1.0, "gptq-int8": 1.0, "gptq-int4": 0.5, "awq-int4": 0.5}
 """Precisions, and the bytes of one weight of a large matrix in each; embeddings, output layer and norms stay 16 bit."""
 
 FITTED = {
@@ -44,7 +44,7 @@ LOADING = {"int8": 3.0, "nf4": 2.5, "nf4-double": 2.5}
 """Bytes of one weight while its matrix is quantised: 16 bit and the result."""
 
 FORMULA, ROWS = "from the shape", "fitted on recorded rows"
-UTILISATION = 0.9
+UTILISATION = 0.92
 """Share of a card that vLLM reserves unless told otherwise (gpu_memory_utilization)."""
 
 ALLOCATED, CACHED, OUTSIDE, FREE = "allocated", "cached", "outside", "reserved"
@@ -95,7 +95,8 @@ def memory(about: Sized, run: Setting) -> tuple[tuple[Component, ...], dict[str,
     if run.engine == "vllm":
         always += _beside_weights_in_vllm(about, run, kv_values)
         return tuple(always), {"a full step": sum(part.bytes for part in always if part.where == ALLOCATED)}
-    always.append(Component("cuBLAS workspace", CUBLAS[run.hopper], "by card", "PyTorch"))
+    streams = 1 if run.decoding == "default" else 2  # FastDecoder records on a stream of its own
+    always.append(Component("cuBLAS workspace", streams * CUBLAS[run.hopper], "by card and stream", "PyTorch"))
     always.append(Component("positions, token ids", FITTED["rest of a step"], "a constant", ROWS))
     if state:
         always.append(Component("RWKV's state", state, "fp32, one for each sequence, whatever the length"))
@@ -134,6 +135,7 @@ def weights(about: Sized, run: Setting) -> list[Component]:
     scales, how = {
         "int8": (4 * rows, "absmax of each row, fp32 (bitsandbytes)"),
         "fp8": (4 * rows, "scale of each row, fp32 (compressed-tensors)"),
+        "w8a8": (4 * rows, "scale of each row, fp32 (compressed-tensors)"),
         "nf4": (4 * linear / 64, "absmax of 64 weights, fp32 (bitsandbytes)"),
         "nf4-double": (linear / 64 + 4 * linear / 64 / 256, "absmax of 64 weights, 8 bit (bitsandbytes double quant)"),
     }.get(precision, ((2 + per) * linear / run.group_size, f"scale and zero of {run.group_size} weights"))

@@ -1,7 +1,9 @@
-"""How fast a model will be on a card: the time to ask for every operation, to read the weights, or to multiply.
+"""How fast a model will be on a card: the time to read what a step needs, or to multiply, and to start its kernels.
 
-Whichever is longest counts. The default ``generate`` asks for over a thousand operations a token from Python, one
-after another (notebook 11 counts them), so its speed is the host's; a recorded step, and vLLM, wait for memory.
+The default ``generate`` asks for over a thousand operations a token from Python, one after another (notebook 11 counts
+them), so its speed is the host's. In a recorded step nobody asks, but each kernel still takes a moment to begin and
+end, and kernels come one after another: that moment times their number is added to the time for reading. vLLM has
+fewer kernels in a layer, as they are joined.
 """
 
 from __future__ import annotations
@@ -34,22 +36,31 @@ REQUESTS = {
 """Operations that PyTorch is asked for in one decode step: of each layer, and beside. Numbers are RWKV's versions."""
 
 FITTED = {
-    # tpot at batch 1, 128 + 32 or 64 tokens, default generate, hosts of one H100 machine, 2026-11-24
-    "request": 21e-6,  # seconds; median of the fitted 16-bit rows, 21.4 microseconds, rounded
-    "request, least": 16e-6,  # least and most over the fitted rows (18.0, 33.8), a tenth wider: the host's day
+    # tpot of the 16-bit rows, H100 80GB HBM3, 2026-11; of models that tests/test_estimate.py does not hold out
+    "share": 0.867,  # of a copy's bandwidth, at which a step reads; with the next, least squares over the static rows
+    "kernel": 2.91e-6,  # seconds for each operation of a recorded step
+    "vllm layer": 28e-6,  # seconds for the kernels of a layer in vLLM 0.26, at batch 1 to 32
+    "request": 17.5e-6,  # seconds; median of the default rows at batch 1
+    "request, least": 12.5e-6,  # least and most over the rows (14.3, 33.8), a tenth wider: the host's day
     "request, most": 37e-6,
     "nf4 matrix": 26e-6,  # more for each bitsandbytes 4-bit matrix; median of the fitted nf4 rows
     "int8 matrix": 314e-6,  # more for each int8 matrix: the host waits for the outliers; two rows, none held out
 }
 
-EFFICIENCY = {"default": 0.72, "static": 0.55, "compiled": 0.72, "vllm": 0.72}
-"""Share of a copy's bandwidth that reading the weights reaches. Not yet fitted: vllm is one Llama-2-7B run of vLLM
-0.26 on an H100, the others are assumed after it; no rows are recorded."""
+VLLM_MATRIX = {"fp8": 2.5e-6, "w8a8": 2.5e-6, "gptq-int4": 12e-6, "awq-int4": 12e-6}
+"""Seconds more for each of a layer's four matrices in vLLM 0.26 on an H100: what is multiplied is quantised first (8
+bit), or Machete, its kernel for 4 bit, is slow for few rows. qwen-7b alone, so none is held out."""
 
-PREFILL_SHARE = 0.7
-"""Share of a plain matrix product's rate that a long prefill reaches: assumed, no rows are recorded."""
+COMPILED_KERNELS = 0.5
+"""Share of a recorded step's operations that torch.compile leaves: assumed, no rows are recorded."""
 
-PREFILL_SOURCE = "whole prompt at once; rate of long ones assumed, not yet fitted"
+MATMUL_SHARE = 0.7
+"""Share of a plain matrix product's rate that a step of many sequences reaches."""
+
+PREFILL_SHARE = 0.55
+"""The same of a long prompt, attention included: median over the rows of 1,984 and 8,128 tokens, 0.55."""
+
+PREFILL_SOURCE = "whole prompt at once; above some hundred tokens bound by compute"
 
 UNPACKED_FROM = 5
 """Tokens in a step from which bitsandbytes unpacks a 4-bit matrix to 16 bit (0.50.2: its own kernel up to 4)."""
@@ -67,7 +78,6 @@ class Decode:
 
 def decode_range(about: Sized, run: Setting, weight_bytes: float, card: Gpu) -> Decode:
     """Predict decode speed; launch-bound speeds come with the range that one host showed."""
-    how = "vllm" if run.engine == "vllm" else run.decoding
     kv = run.batch * (run.prompt + run.context) / 2 * about.shape.kv_values_per_token() * run.element
     lookup = (
         0 if getattr(about.shape, "tied", False) else about.shape.vocab_size * about.shape.hidden_size * run.element
@@ -76,13 +86,33 @@ def decode_range(about: Sized, run: Setting, weight_bytes: float, card: Gpu) -> 
     moved = weight_bytes - lookup + kv + state
     if run.precision.startswith("nf4") and run.engine == "transformers" and run.batch >= UNPACKED_FROM:
         moved += about.shape.matrices() * 2 * run.element  # written in 16 bit, and read again
-    reading = moved / (bandwidth(card) * 1e9 * EFFICIENCY[how])
-    multiplying = 2 * run.batch * parameters_used(about) / (matmul_rate(card, run.precision) * 1e12 * PREFILL_SHARE)
-    floor = max(reading, multiplying)
-    launches = {key: launch_seconds(about, run, key) if how == "default" else 0.0 for key in ("", ", least", ", most")}
+    share = FITTED["share"] * bandwidth(card) * 1e9
+    multiplying = 2 * run.batch * parameters_used(about) / (matmul_rate(card, run.precision) * 1e12 * MATMUL_SHARE)
+    weights_read, rest_read = (moved - kv - state) / share, (kv + state) / share
+    floor = max(weights_read, multiplying) + rest_read + kernel_seconds(about, run)
+    default = run.engine == "transformers" and run.decoding == "default"
+    launches = {key: launch_seconds(about, run, key) if default else 0.0 for key in ("", ", least", ", most")}
     speeds = {key: run.batch / max(floor, seconds) for key, seconds in launches.items()}
-    bound = "launches" if launches[""] > floor else "memory" if reading >= multiplying else "compute"
+    device = "compute" if multiplying > weights_read else "memory"
+    bound = "launches" if launches[""] > floor or kernel_seconds(about, run) > floor / 2 else device
     return Decode(speeds[""], speeds[", most"], speeds[", least"], bound)
+
+
+def kernel_seconds(about: Sized, run: Setting) -> float:
+    """Return the seconds that the kernels of one step take to begin and end, when the device need not wait for them."""
+    layers = about.shape.layers
+    if run.engine == "vllm":
+        return layers * (FITTED["vllm layer"] + 4 * VLLM_MATRIX.get(run.precision, 0.0))
+    if run.decoding == "default":  # the device waits for the host, and then all this is hidden
+        return 0.0
+    each, beside = requests(about)
+    return (each * layers + beside) * FITTED["kernel"] * (COMPILED_KERNELS if run.decoding == "compiled" else 1)
+
+
+def requests(about: Sized) -> tuple[int, int]:
+    """Return how many operations a layer of the model is, and how many come beside; of ``REQUESTS``."""
+    version = about.shape.version if about.shape.kind == "rwkv" else about.native_class
+    return REQUESTS.get(version, REQUESTS["LlamaForCausalLM"])
 
 
 def prefill_tokens_per_s(about: Sized, run: Setting, card: Gpu) -> float | None:
@@ -101,11 +131,13 @@ def prefill_tokens_per_s(about: Sized, run: Setting, card: Gpu) -> float | None:
 
 def launch_seconds(about: Sized, run: Setting, which: str = "") -> float:
     """Return the seconds that asking for one step's operations takes, or the least or most; ``which`` as in FITTED."""
-    version = about.shape.version if about.shape.kind == "rwkv" else about.native_class
-    each, beside = REQUESTS.get(version, REQUESTS["LlamaForCausalLM"])
+    each, beside = requests(about)
     more = FITTED.get(f"{run.precision.removesuffix('-double')} matrix", 0.0) * about.linears()
-    requests = each * about.shape.layers + beside
-    return (requests * FITTED["request"] + more) * FITTED[f"request{which}"] / FITTED["request"]
+    return (
+        ((each * about.shape.layers + beside) * FITTED["request"] + more)
+        * FITTED[f"request{which}"]
+        / FITTED["request"]
+    )
 
 
 def parameters_used(about: Sized) -> int:

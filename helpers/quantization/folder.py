@@ -16,16 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import catalog
 from ..checkpoints.load import check_names, native_folder, pick_device, pick_dtype
-from ..checkpoints.quantized import quantized_by
+from ..checkpoints.quantized import RECEIPT, quantized_by
+from ..checkpoints.random import SHARD, save_random
 from ..errors import HelpersError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-RECEIPT = "quantization.json"
-SHARD = 5 * 10**9
-"""Largest weight file written, in bytes: what has to fit into RAM at once when a model is read."""
 
 SMALL = 10**8
 """Bytes of weights that are read in an instant: a progress bar would only clutter the page."""
@@ -182,46 +179,13 @@ def _job(model: str, weights: str, partial: Path, device: str) -> Job:
         name, kind = model, weights if weights in ("tiny", "hub", "random") else "folder"
         source = partial / "random" if weights == "random" else native_folder(model, weights)
         if weights == "random":
-            _write_random(model, source, device)
+            save_random(catalog.model(model), source, device)
+            _copy_small(native_folder(model, "tiny"), source)
     method = quantized_by(source)
     if method:
         why = f"its weights are quantised already, by {method}"
         raise HelpersError(f"cannot quantise {source.name}", why, "start from the 16-bit checkpoint")
     return Job(name, kind, source, partial, device)
-
-
-def _write_random(model: str, folder: Path, device: str) -> None:
-    """Write the full-size model with random values, shard by shard, and the stand-in's tokenizer."""
-    from safetensors.torch import save_file
-    from tqdm.auto import tqdm
-
-    from ..checkpoints.random import full_config, random_state
-
-    row = catalog.model(model)
-    folder.mkdir()
-    config = full_config(row)
-    config.dtype = pick_dtype(row.dtype, row.dtype, "cpu")
-    config.save_pretrained(folder)
-    shards: list[list[str]] = [[]]
-    state = random_state(config, config.dtype, device)
-    room = SHARD
-    for name, tensor in state.items():
-        size = config.dtype.itemsize
-        for length in tensor.shape:
-            size *= length
-        if size > room and shards[-1]:
-            shards.append([])
-            room = SHARD
-        shards[-1].append(name)
-        room -= size
-    weight_map = {}
-    for number, names in enumerate(tqdm(shards, "writing random weights", delay=5), start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: state[name][...].cpu() for name in names}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    _copy_small(native_folder(model, "tiny"), folder)
 
 
 def _copy_rest(job: Job) -> None:

@@ -23,7 +23,7 @@ METADATA_KEY = "figure"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 ABOUT = ["definition", "model", "weights", "precision", "engine", "decoding"]
-ABOUT += ["batch", "prompt_tokens", "new_tokens", "device"]
+ABOUT += ["batch", "prompt_tokens", "new_tokens", "device", "requests_per_s", "parallel"]
 """What can be said about a figure, besides its name, value and unit."""
 
 LIBRARIES = ["torch", "transformers", "bitsandbytes", "gptqmodel", "vllm"]

@@ -13,6 +13,7 @@ from typing import Any
 from .. import catalog
 from ..checkpoints.hub import cache_folder
 from ..checkpoints.load import check_names, native_folder, pick_device, pick_dtype
+from ..checkpoints.random import FORMATS
 from ..errors import HelpersError, unknown
 from .launch import is_cpu_build
 
@@ -91,7 +92,8 @@ def prepare(model: str, weights: str | Path, precision: str, device: str, option
     from ..native.convert import read_config
 
     row, weights = catalog.model(model), str(weights)
-    check_names(weights, precision)
+    dummy = precision if weights == "random" and precision in FORMATS else None
+    check_names(weights, "auto" if dummy else precision)
     for name in OURS.keys() & options.keys():
         raise HelpersError(f"cannot pass {name} to vLLM", OURS[name], "leave it out")
     if row.native_class in NOT_IN_VLLM or row.native_class is None:
@@ -100,15 +102,17 @@ def prepare(model: str, weights: str | Path, precision: str, device: str, option
     device = engine_device(device)
     settings: dict[str, Any] = {}
     if weights == "random":
-        folder, settings["load_format"] = random_folder(row), "dummy"
+        folder, settings["load_format"] = random_folder(row, dummy), "dummy"
     else:
         folder = native_folder(model, weights)
     saved = read_config(folder).get("quantization_config")
-    if saved and precision != "auto":
+    if saved and not dummy and precision != "auto":
         why = "its weights are quantised already"
         raise HelpersError(f"cannot serve {folder.name} in {precision}", why, "take precision='auto'")
-    if saved:
+    if saved and not dummy:
         precision = "as saved"  # its kernels may want another type than the published one: vLLM decides
+    elif dummy:
+        settings["dtype"] = DTYPES[str(pick_dtype("auto", row.dtype, device))]
     else:
         settings["dtype"] = DTYPES[str(pick_dtype(precision, row.dtype, device))]
     if device == "cpu" and (precision == "nf4" or (saved or {}).get("load_in_4bit")):
@@ -169,11 +173,16 @@ def in_bitsandbytes(
     return target, {}
 
 
-def random_folder(row: catalog.Model) -> Path:
-    """Return a folder with the full-size config of a model and its stand-in's tokenizer, and no weights."""
+def random_folder(row: catalog.Model, precision: str | None = None) -> Path:
+    """Return a folder with the full-size config of a model and its stand-in's tokenizer, and no weights.
+
+    Args:
+        row: of the catalogue.
+        precision: a key of ``FORMATS`` that config.json is to say the weights are in; 16 bit when None.
+    """
     from ..checkpoints.random import full_config
 
-    target = cache_folder() / "native" / "random" / row.id
+    target = cache_folder() / "native" / "random" / "-".join(filter(None, [row.id, precision]))
     if not (target / "config.json").exists():
         stand_in, beside = native_folder(row.id, "tiny"), _empty(target)
         for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]:
@@ -182,6 +191,10 @@ def random_folder(row: catalog.Model) -> Path:
         config = full_config(row)
         config.architectures = [row.native_class]
         config.save_pretrained(beside)
+        if precision:  # given to the config object it would not be saved
+            written = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+            text = json.dumps(written | {"quantization_config": FORMATS[precision]}, indent=2)
+            (beside / "config.json").write_text(text, encoding="utf-8")
         beside.rename(target)
     return target
 

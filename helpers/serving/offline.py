@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def offline_engine(
-    model: str, weights: str | Path = "tiny", precision: str = "auto", device: str = "auto", **options: Any
+    model: str,
+    weights: str | Path = "tiny",
+    precision: str = "auto",
+    device: str = "auto",
+    apart: bool = False,
+    **options: Any,
 ) -> Iterator[LLM]:
     """Give a ``vllm.LLM`` while the block runs, and free it afterwards.
 
@@ -25,10 +30,13 @@ def offline_engine(
             answers = engine.generate(prompts, SamplingParams(temperature=0))
 
     The engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so a notebook needs no ``__main__`` guard.
+    Small steps are then slower: the caller's Python and the engine's take turns, where two processes overlap.
     What stays until the kernel ends is what vLLM's import brings: some hundred MB of RAM, on a GPU the CUDA context.
 
     Args:
         model, weights, precision, device, options: as ``serve``; no ``lora``, ``host`` or ``port``.
+        apart: run the engine in a process of its own, as the server does; on GPUs, and not from a script without
+            a ``__main__`` guard.
 
     Raises:
         HelpersError: the model cannot be served. What vLLM itself raises is passed on as it is.
@@ -36,7 +44,7 @@ def offline_engine(
     import torch
 
     job = prepare(model, weights, precision, device, options)
-    settings = job.environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    settings = job.environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart)), "VLLM_LOGGING_LEVEL": "WARNING"}
     before, set_threads = dict(os.environ), torch.set_num_threads
     os.environ.update(settings)
     pass_for_vllm()

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 GRACE = 10.0
 """Seconds that vLLM gets to end by itself before it is killed."""
 
+LOST_PORT = "DistNetworkError"
+"""vLLM's engine picks a free port for PyTorch's workers and takes it seconds later; somebody may have been faster."""
+
 _running: set[Server] = set()
 
 
@@ -224,7 +227,8 @@ class Server:
         """Return when /health answers.
 
         Raises:
-            _Silent: the process ended and its log does not say why, which a start under load does now and then.
+            _Silent: the process ended and its log does not say why, or another took the port that it had picked for its
+                workers: both happen to a start under load now and then.
             HelpersError: it ended for a reason, or ``timeout`` is over.
         """
         import httpx
@@ -233,9 +237,10 @@ class Server:
             if self._process.poll() is not None:
                 code = self._process.returncode
                 ended = f"it was killed by signal {-code}" if code < 0 else f"it ended with exit status {code}"
-                if not is_known(self.log(None)) and code != -signal.SIGKILL:
+                log = self.log(None)
+                if (not is_known(log) or LOST_PORT in log) and code != -signal.SIGKILL:
                     raise _Silent(ended)
-                raise explain(self.log(None), self.job, ended)
+                raise explain(log, self.job, ended)
             with suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     self.ready_seconds = time.monotonic() - self._start
@@ -246,7 +251,7 @@ class Server:
 
 
 class _Silent(Exception):
-    """A start that ended without a reason in the log."""
+    """A start that ended without a reason in the log, or with one that will not be there the next time."""
 
 
 @cache
