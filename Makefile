@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup autogptq run test lab notebooks lint format lock clean
+.PHONY: help setup autogptq frameworks run test lab notebooks lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*##  *\(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ setup:  ## make .venv with the exact packages; does nothing when it is there
 
 autogptq: setup  ## make .venv-autogptq and its kernel, for the AutoGPTQ notebook (Python 3.11)
 	@$(PYTHON) env/setup.py autogptq
+
+frameworks: setup  ## make .venv-frameworks and its kernel, for llama.cpp, CTranslate2, MNN, AirLLM and LMDeploy
+	@$(PYTHON) env/setup.py frameworks
 
 run: setup  ## run the series and write build/index.html (ARGS="--help" lists the choices)
 	@$(BIN)/python -m helpers run $(ARGS)
@@ -45,6 +48,6 @@ format: setup  ## put style and layout right
 lock: setup  ## resolve the pins anew (ARGS=--upgrade renews them all)
 	@$(BIN)/python env/lock.py $(ARGS)
 
-clean:  ## remove what runs and checks left; .venv and .venv-autogptq stay
+clean:  ## remove what runs and checks left; the environments stay
 	@rm -rf build .pytest_cache .ruff_cache
 	@find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

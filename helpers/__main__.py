@@ -307,6 +307,14 @@ def quality(
 
 
 @app.command()
+def table() -> None:
+    """Print the measured table that README.md shows, in Markdown."""
+    from .report.headline import headline
+
+    print(headline())
+
+
+@app.command()
 def harvest(
     notebooks: Annotated[list[Path], typer.Argument(help="executed notebooks, e.g. build/*.ipynb")],
 ) -> None:

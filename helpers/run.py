@@ -34,7 +34,11 @@ CELL_SECONDS = 1800
 STOP_SECONDS = 30
 """How long an interrupted notebook has to stop its kernel before it is ended."""
 
-KERNELS = {"python3": "Python 3 (ipykernel)", "autogptq": "AutoGPTQ (Python 3.11)"}
+KERNELS = {
+    "python3": "Python 3 (ipykernel)",
+    "autogptq": "AutoGPTQ (Python 3.11)",
+    "frameworks": "Other frameworks",
+}
 """The kernels a notebook may name, with the names JupyterLab shows; env/setup.py makes them."""
 
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from datetime import date, timedelta
 
 import pytest
@@ -26,6 +28,9 @@ SURVEY = [
     "lightllm",
     "airllm",
 ]
+
+
+WITH_A_NOTEBOOK = ["transformers", "llama.cpp", "vllm", "mnn-llm", "lmdeploy", "ctranslate2", "airllm"]
 
 
 def test_every_framework_is_there():
@@ -102,6 +107,29 @@ def test_an_unknown_id_lists_the_valid_ones():
     assert all(id in str(error.value) for id in SURVEY)
 
 
+def test_who_has_no_notebook_has_a_recipe():
+    assert [id for id, row in frameworks().items() if not row.recipe] == WITH_A_NOTEBOOK
+
+
+RECIPES = {id: row.recipe for id, row in frameworks().items() if row.recipe}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_recipe_is_a_script_that_names_one_version(recipe):
+    assert recipe.checked <= date.today()
+    assert recipe.script.startswith(recipe.get.rstrip()) and recipe.script.endswith(
+        recipe.start.rstrip().splitlines()[-1]
+    )
+    if bash := shutil.which("bash"):
+        subprocess.run([bash, "-n"], input=recipe.script, text=True, check=True)
+    assert ":latest" not in recipe.script and "blob/main/latest" not in recipe.source
+
+
+def test_a_recipe_that_is_a_server_listens_on_loopback_or_is_told_nothing_else():
+    for id in ("tgi", "tensorrt-llm", "mlc-llm", "lightllm"):  # the others do so unless told otherwise
+        assert " 127.0.0.1 " in RECIPES[id].start, id
+
+
 def test_the_catalogue_cannot_be_changed_by_its_users():
     frameworks().clear()
     assert frameworks()
@@ -125,6 +153,12 @@ def test_a_row_unchecked_for_a_year_is_stale(tmp_path):
     assert stale(today - timedelta(days=1), read_frameworks(path)) == []
 
 
+def test_a_recipe_unchecked_for_a_year_is_stale(tmp_path):
+    path = broken_copy(tmp_path, "lightllm", "checked: 2026-11-26\n    ran", "checked: 2025-11-01\n    ran")
+    (line,) = stale(date(2026, 11, 26), read_frameworks(path))
+    assert line.startswith("lightllm: ") and line.endswith("api_cli.py was last checked on 2025-11-01")
+
+
 @pytest.mark.parametrize(
     ("row", "old", "new", "complaint"),
     [
@@ -144,6 +178,12 @@ def test_a_row_unchecked_for_a_year_is_stale(tmp_path):
         ("inferllm", "  use_instead: [llama.cpp]\n", "", "use_instead: missing, but the project is dormant"),
         ("inferllm", "[llama.cpp]", "[ollama]", "use_instead: 'ollama' is not another framework of this file"),
         ("inferllm", "[llama.cpp]", "[inferllm]", "use_instead: 'inferllm' is not another framework"),
+        ("vllm", "last_release: 2026-11", "last_release: 2025-10", "active, but its last release was 13 months old"),
+        ("inferllm", "last_release: 2024-04", "last_release: 2026-04", "dormant, but its last release was 7 months"),
+        ("inferllm", "-t 4 -v 2", "-t 4 -x 2", "inferllm.recipe: options: ['-v', '-x'] stand in only one"),
+        ("tgi", "--hostname 127.0.0.1", "--hostname 0.0.0.0", "'0.0.0.0' opens the service to the network"),
+        ("tgi", "--network host", "-p 8080:8080", "'-p ' opens the service to the network"),
+        ("text-generation-webui", "--threads 4", "--listen", "options: ['--listen', '--threads']"),
         ("inferllm", "month: 2026-11", "month: 2026-13", "seen.month: String should match"),
     ],
 )

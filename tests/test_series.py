@@ -33,9 +33,18 @@ OTHER_PARAMETERS = {
     "14": {"model": "qwen-7b", "bits": 8, "group_size": 32},
     "15": {"model": "rwkv-6-7b", "precision": "nf4"},
     "16": {"model": "chatglm3-6b", "precision": "nf4", "gpu": "rtx-4090", "batch": 4},
+    "17": {"model": "chatglm3-6b", "precision": "nf4", "gpu": "t4", "context": 4096},
     "20": {"model": "baichuan2-13b", "precision": "nf4", "largest_batch": 4},
     "21": {"model": "chatglm3-6b", "precision": "int8"},
     "22": {"model": "chatglm3-6b", "precision": "nf4", "places": 2, "block_size": 64, "blocks": 40},
+    "25": {"model": "chatglm3-6b", "precision": "nf4", "gpu": "t4"},
+    "26": {"model": "chatglm3-6b", "precision": "nf4", "places": 2, "seconds": 8, "requests_per_day": 200_000},
+    "31": {"model": "chatglm3-6b"},
+    "32": {"model": "chatglm3-6b", "block": 32},
+    "33": {"model": "internlm2-7b"},
+    "34": {"model": "internlm2-7b", "group_size": 64},
+    "35": {"model": "chatglm3-6b", "engines": ["transformers", "ctranslate2"]},
+    "36": {"model": "baichuan2-13b"},
 }
 """Beginning of a notebook's name -> what it must also run with, beside its defaults. Notebooks not there yet wait."""
 

@@ -155,3 +155,11 @@ def messages(file):
 def test_the_installed_vllm_says_what_is_looked_for(cause):
     filled = [re.sub(r"\s+", " ", text.replace("\0", word)) for text in messages(cause.file) for word in ("1", "[1]")]
     assert any(re.search(cause.pattern, text) for text in filled), f"{cause.file} does not say it (any more)"
+
+
+def test_errors_that_warnings_quote_are_not_the_last_words():
+    log = (
+        "AssertionError: param_data.shape == loaded_weight.shape\n"
+        'WARNING 11-26 [system_utils.py:1] the limit may cause "OSError: [Errno 24] Too many open files": raise it\n'
+    )
+    assert last_words(log) == "AssertionError: param_data.shape == loaded_weight.shape"

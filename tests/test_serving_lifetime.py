@@ -169,6 +169,17 @@ def test_a_start_that_dies_without_a_word_is_tried_once_more(monkeypatch, tmp_pa
     assert "only this" in caught.value.__notes__[0]
 
 
+def test_a_start_that_lost_the_port_of_its_workers_is_tried_once_more(monkeypatch, tmp_path):
+    lost = "raise type('DistNetworkError', (Exception,), {})('port: 44191, address already in use')"
+    once = f"f = {str(tmp_path / 'first')!r}\nif not os.path.exists(f):\n    open(f, 'w')\n    {lost}"
+    monkeypatch.setenv("STAND_IN_DOES", once)
+    with serve("qwen-7b") as server:
+        assert server.ready_seconds > 0
+    monkeypatch.setenv("STAND_IN_DOES", lost)
+    with pytest.raises(HelpersError, match=r"cannot serve qwen-7b.*DistNetworkError: port: 44191"):
+        serve("qwen-7b")
+
+
 def test_a_start_that_fails_is_explained_and_not_tried_again(monkeypatch, tmp_path):
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')\n"
     monkeypatch.setenv("STAND_IN_DOES", count + "raise ValueError('No available memory for the cache blocks. ')")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import date
 from functools import cache
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import unknown
-from .read import Fact, Https, Source, fault, read_rows
+from .read import Day, Fact, Https, Source, fault, read_rows
 
 FILE = Path(__file__).with_name("frameworks.yaml")
 
@@ -36,6 +38,13 @@ ABBREVIATIONS = {
 """What the short names in ``optimisations`` mean."""
 
 STALE_AFTER_DAYS = 365
+
+ALIVE_MONTHS = 12
+"""A project whose newest release was older than this on the day it was looked up is not called active."""
+
+OPTION = re.compile(r"(?<!\S)--?[A-Za-z][\w-]*")
+OUTSIDE = re.compile(r"0\.0\.0\.0|--listen\b|--share\b|--public-api|-p (?!127\.0\.0\.1:)|trust.remote.code")
+"""What no command of this series says: answer to the whole network, or run code that came with a checkpoint."""
 
 Month = Annotated[str, Field(pattern=r"^20\d\d-(0[1-9]|1[0-2])$")]
 
@@ -64,6 +73,47 @@ class Seen(Fact):
     what: str = Field(min_length=1)
 
 
+class Recipe(Fact):
+    """How a framework that no notebook of this series starts would be started; an option was looked up in its source.
+
+    Attributes:
+        why: whether to take it today, and why or why not.
+        takes: what it can load of this series.
+        get: shell lines that fetch one pinned version: a container up to its arguments, a wheel, a build.
+        start: the command line of the framework itself. Together with ``get`` one script.
+        options: every option of ``start``, each found in ``source``.
+        version: tag, release or commit that was read there.
+        ran: what of it was run here, and when; ``None`` if nothing was.
+    """
+
+    why: str = Field(min_length=1)
+    takes: str = Field(min_length=1)
+    get: str = Field(min_length=1)
+    start: str = Field(min_length=1)
+    options: tuple[str, ...]
+    version: str = Field(min_length=1)
+    source: Https
+    checked: Day
+    ran: str | None
+
+    @property
+    def script(self) -> str:
+        """Everything to type, in order; the arguments of a container are indented below it."""
+        get, start = self.get.rstrip(), self.start.rstrip()
+        if get.endswith("\\"):
+            start = indent(start, "  ")
+        return f"{get}\n{start}"
+
+    @model_validator(mode="after")
+    def _looked_up_and_private(self) -> Recipe:
+        used = set(OPTION.findall(self.start))
+        if used != set(self.options):
+            raise ValueError(f"options: {sorted(used ^ set(self.options))} stand in only one of start and options")
+        if open_to_all := OUTSIDE.search(self.script):
+            raise ValueError(f"{open_to_all[0]!r} opens the service to the network, or runs a checkpoint's code")
+        return self
+
+
 class Framework(Fact):
     """One framework; what each field means is told at the head of frameworks.yaml.
 
@@ -76,6 +126,7 @@ class Framework(Fact):
         models: model lines of this series that it runs, converted where need be; named as in helpers/native.
         use_instead: ids of frameworks to take today; must be given for one in maintenance, dormant or archived.
         seen: what ran on our own machines; ``None`` if nothing was tried or possible.
+        recipe: how to start it, for a framework that has no hands-on notebook here.
     """
 
     id: str
@@ -97,6 +148,7 @@ class Framework(Fact):
     claims: tuple[Claim, ...] = ()
     use_instead: tuple[str, ...] = ()
     seen: Seen | None
+    recipe: Recipe | None = None
     note: str = ""
     sources: tuple[Source, ...] = Field(min_length=1)
 
@@ -119,6 +171,17 @@ class Framework(Fact):
     def _says_where_to_go(self) -> Framework:
         if self.status in ("maintenance", "dormant", "archived") and not self.use_instead:
             raise ValueError(f"use_instead: missing, but the project is {self.status}")
+        return self
+
+    @model_validator(mode="after")
+    def _as_alive_as_its_last_release(self) -> Framework:
+        year, month = map(int, self.last_release.split("-"))
+        looked = max(source.checked for source in self.sources)
+        age = 12 * (looked.year - year) + looked.month - month
+        if self.status == "active" and age > ALIVE_MONTHS:
+            raise ValueError(f"status: active, but its last release was {age} months old when it was looked up")
+        if self.status == "dormant" and age < ALIVE_MONTHS:
+            raise ValueError(f"status: dormant, but its last release was {age} months old when it was looked up")
         return self
 
 
@@ -163,11 +226,18 @@ def stale(today: date, rows: Mapping[str, Framework] | None = None) -> list[str]
     Returns:
         A line for each such source, e.g. ``"tgi: https://... was last checked on 2025-01-31"``; empty if all is fresh.
     """
-    return [
-        f"{id}: {source.url} was last checked on {source.checked}"
+    looked_up = [
+        (id, url, checked)
         for id, row in (_catalogue() if rows is None else rows).items()
-        for source in row.sources
-        if (today - source.checked).days > STALE_AFTER_DAYS
+        for url, checked in [
+            *((source.url, source.checked) for source in row.sources),
+            *((recipe.source, recipe.checked) for recipe in [row.recipe] if recipe),
+        ]
+    ]
+    return [
+        f"{id}: {url} was last checked on {checked}"
+        for id, url, checked in looked_up
+        if (today - checked).days > STALE_AFTER_DAYS
     ]
 
 

@@ -66,7 +66,8 @@ def flat(log: str) -> str:
 
 def last_words(log: str) -> str:
     """Return the last error that is not the echo of another, or the last line."""
-    errors = [f"{name}: {text}" for name, text in LAST_ERROR.findall(log) if not FOLLOWS.search(text)]
+    said = "\n".join(line for line in log.splitlines() if " WARNING " not in line)  # some quote errors, to explain them
+    errors = [f"{name}: {text}" for name, text in LAST_ERROR.findall(said) if not FOLLOWS.search(text)]
     lines = [line for line in log.splitlines() if line.strip()]
     return (errors or lines or ["it wrote nothing"])[-1][:300]
 
