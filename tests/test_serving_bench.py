@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -74,6 +75,9 @@ def test_what_was_measured_is_written_down_as_rows():
     assert {one["requests_per_s"] for one in figures} == {2.0} and {one["batch"] for one in figures} == {None}
     assert "TTFT within 500 ms" in figures[1]["definition"]
     assert DONE.answers_per_s == 2.0
+    assert "on average" not in figures[0]["definition"]
+    longer = replace(DONE, mean_prompt_tokens=10.0).figures()
+    assert "prompts of 10 tokens on average" in longer[0]["definition"]
 
 
 def test_a_run_all_at_once_says_how_many_and_has_no_rate():
@@ -111,6 +115,7 @@ def test_a_stream_of_requests_is_measured(server, new_clients):
     run = bench(server, 20, 10, goodput={"ttft_ms": 1e6, "tpot_ms": 1e6}, **SMALL)
     assert run.requests == 10 and run.seconds > 0 and run.most_at_once >= 1
     assert run.throughput == pytest.approx(10 * 8 / run.seconds)  # every answer has its full length
+    assert run.mean_prompt_tokens == pytest.approx(32, rel=0.1)
     assert run.goodput == pytest.approx(run.answers_per_s)  # and all were good
     for name in ("ttft", "tpot", "itl", "e2el"):
         times = getattr(run, name)

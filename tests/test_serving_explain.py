@@ -76,7 +76,7 @@ SAID = [
     ),
     (CPU, "fp8 quantization is currently not supported in cpu.", "vLLM has no fp8 for cpu"),
     (CPU, "AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'",
-     "vLLM has no kernel cpu_gemm_wna16 for this CPU (GPTQ, AWQ and FP8 need AVX-512 there)"),
+     "vLLM has no kernel cpu_gemm_wna16 for this CPU (GPTQ, AWQ and an FP8 KV cache need AVX-512 there)"),
     (CPU, "FP8 KV cache on CPU requires x86 with AVX-512 or AMX.", "vLLM has no kernel FP8 KV cache"),
     (
         GPU,

@@ -74,6 +74,9 @@ class Load:
             with ``enable_prefix_caching=False``, the second one measures the cache.
         objective: limits in milliseconds, keys of ``OBJECTIVES``.
         goodput: answers a second that kept to every limit; None without an objective.
+        mean_prompt_tokens: tokens of a prompt as the server counted them, the warm-up included. vLLM's program sends
+            text: a tokenizer that spells rare characters byte by byte (the SentencePiece stand-ins) reads some of it
+            back as up to three times as many tokens.
     """
 
     requests_per_s: float | None
@@ -91,6 +94,7 @@ class Load:
     cached: float
     objective: Mapping[str, float] = field(default_factory=dict)
     goodput: float | None = None
+    mean_prompt_tokens: float | None = None
 
     @property
     def answers_per_s(self) -> float:
@@ -104,6 +108,9 @@ class Load:
         about |= {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
         sent = "at random times (Poisson)" if self.requests_per_s else "all at once"
         how = f"{self.requests} requests {sent}, at the client of vllm bench serve"
+        mean = self.mean_prompt_tokens or self.prompt_tokens
+        if abs(mean / self.prompt_tokens - 1) > 0.05:
+            how += f", prompts of {mean:.0f} tokens on average"
         found = [("throughput", self.throughput, "tokens/s", "output tokens a second, all answers together")]
         if self.goodput is not None:
             limits = " and ".join(f"{OBJECTIVES[key]} within {limit:g} ms" for key, limit in self.objective.items())
@@ -145,8 +152,8 @@ def bench(
         server: as ``serve`` returns it. Start it with ``enable_prefix_caching=False`` if it is to be asked twice.
         requests_per_s: how fast requests are sent; None sends all at once.
         requests: how many. A 99th percentile of fewer than a hundred is little more than the slowest one.
-        prompt_tokens: tokens of each prompt; a tokenizer that does not read its own text back the same may make it a
-            few more or fewer.
+        prompt_tokens: tokens of each prompt; where a tokenizer does not read its own text back the same, some prompts
+            come out longer (``Load.mean_prompt_tokens``), and the server needs room for them.
         new_tokens: tokens of each answer, at least 2.
         goodput: objective in milliseconds, any of ``ttft_ms``, ``tpot_ms`` and ``e2el_ms``.
         seed: of the prompts and of the distances between requests.
@@ -335,7 +342,7 @@ class _Client:
         import torch  # noqa: F401 - what a figure says of its device is asked of torch
 
         self._check(run)
-        hits, asked = self._prefix_cache()
+        before = self._counted()
         label = f"vllm bench serve: {run.requests} requests {run.pace()}"
         with tempfile.TemporaryDirectory() as folder, Progress(label) as progress:
             names = ("--model", self.server.model, "--tokenizer", str(self.server.job.folder))
@@ -344,7 +351,7 @@ class _Client:
             found = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
         if found["failed"] or found["completed"] != run.requests:
             raise self._failed(found)
-        hits, asked = (now - then for now, then in zip(self._prefix_cache(), (hits, asked), strict=True))
+        hits, asked, read = (now - then for now, then in zip(self._counted(), before, strict=True))
         return Load(
             **{name: value for name, value in vars(run).items() if name != "goodput"},
             **{name: _percentiles(found, name) for name in TIMES},
@@ -354,6 +361,7 @@ class _Client:
             cached=hits / asked if asked else 0.0,
             objective=run.goodput,
             goodput=found["request_goodput"] if run.goodput else None,
+            mean_prompt_tokens=read / (run.requests + WARM_UP),
         )
 
     def _check(self, run: _Run) -> None:
@@ -373,12 +381,11 @@ class _Client:
             fix = "take fewer, or serve it with a larger max_model_len"
             raise HelpersError(f"cannot bench {server.model}", why, fix)
 
-    def _prefix_cache(self) -> tuple[float, float]:
-        """Return how many prompt tokens were found in the prefix cache so far, and how many were looked for."""
+    def _counted(self) -> list[float]:
+        """Return prompt tokens found in the prefix cache so far, those looked for there, and all."""
         samples = self.server.metrics()
-        names = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
-        hits, asked = (float(samples.loc[samples["name"] == name, "value"].sum()) for name in names)
-        return hits, asked
+        names = ("prefix_cache_hits", "prefix_cache_queries", "prompt_tokens")
+        return [float(samples.loc[samples["name"] == f"vllm:{name}_total", "value"].sum()) for name in names]
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start vLLM's program. It takes the key from the environment, where ps does not show it."""

@@ -66,7 +66,8 @@ def flat(log: str) -> str:
 
 def last_words(log: str) -> str:
     """Return the last error that is not the echo of another, or the last line."""
-    said = "\n".join(line for line in log.splitlines() if " WARNING " not in line)  # some quote errors, to explain them
+    # some warnings quote an error that may come, to explain it
+    said = "\n".join(line for line in log.splitlines() if not re.search(r"\bWARNING\b", line))
     errors = [f"{name}: {text}" for name, text in LAST_ERROR.findall(said) if not FOLLOWS.search(text)]
     lines = [line for line in log.splitlines() if line.strip()]
     return (errors or lines or ["it wrote nothing"])[-1][:300]
@@ -147,7 +148,7 @@ def _method_not_here(found: re.Match[str], job: Job) -> Answer:
 
 
 def _no_cpu_kernel(found: re.Match[str], job: Job) -> Answer:
-    why = f"vLLM has no kernel {found[1]} for this CPU (GPTQ, AWQ and FP8 need AVX-512 there)"
+    why = f"vLLM has no kernel {found[1]} for this CPU (GPTQ, AWQ and an FP8 KV cache need AVX-512 there)"
     return why, "take precision nf4 or auto, or serve it on a GPU"
 
 

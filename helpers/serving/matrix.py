@@ -134,9 +134,13 @@ class EngineFigures:
         for module in self.get_model().modules():
             method = getattr(module, "quant_method", None)
             if method is not None and hasattr(module, "input_size"):
-                scheme = getattr(module, "scheme", None)
-                inner = next((one.kernel for one in (method, scheme) if hasattr(one, "kernel")), scheme)
-                return " with ".join(type(one).__name__ for one in (method, inner) if one is not None)
+                held = [
+                    one
+                    for owner in (method, getattr(module, "scheme", None))
+                    for one in getattr(owner, "__dict__", {}).values()
+                ]
+                named = [name for name in (type(one).__name__ for one in held) if name.endswith("Kernel")]
+                return " with ".join([type(method).__name__, *named[:1]])
         return "no linear layer"
 
 
