@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist"]
+SERIES = "tests/test_series.py"
 SECTIONS = {
     "style": [sys.executable, "-m", "ruff", "check"],
     "layout": [sys.executable, "-m", "ruff", "format", "--check"],
     "environments": [sys.executable, "env/setup.py", "autogptq", "frameworks", "--if-possible"],
-    "tests": [*PYTEST, "tests"],
-    "stored outputs": [*PYTEST, "--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", "notebooks"],
+    "tests": [*PYTEST, "loadscope", f"--ignore={SERIES}", "tests"],
+    "other parameters": [*PYTEST, "worksteal", SERIES],  # a notebook each, from seconds to minutes
+    "stored outputs": [*PYTEST, "loadscope", "--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", "notebooks"],
 }
 
 
