@@ -170,7 +170,8 @@ def _child(engine: str, task: str, job: dict[str, Any]) -> Any:
     if job["precision"] not in ENGINES[engine].precisions:
         raise unknown(f"precision of {engine}", job["precision"], list(ENGINES[engine].precisions))
     settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    settings["MALLOC_ARENA_MAX"] = "1"  # glibc reserves 64 MiB for each thread that reads ahead, and a cap counts them
+    # A cap counts what glibc keeps: 64 MiB for each thread that reads ahead, and large blocks that were freed.
+    settings |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     settings["PYTHONPATH"] = str(SERIES)
     with tempfile.TemporaryDirectory() as place:  # engines print past Python; a file keeps the result apart
         result = Path(place) / "result.json"
