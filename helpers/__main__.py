@@ -234,17 +234,17 @@ def measure_models(
     from .serving.matrix import measure_engines
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    common = {"weights": weights, "device": device, "batches": batch or [1], "prompt_tokens": prompt_tokens or [128]}
+    points = {"weights": weights, "device": device, "batches": batch or [1], "prompt_tokens": prompt_tokens or [128]}
     if engine == Engine.VLLM:
         if decoding:
             raise HelpersError("cannot measure", "decoding is a choice of transformers", "leave --decoding out")
         more = {name: _value(value) for name, value in _pairs(option, "-o", "tensor_parallel_size=2").items()}
         lengths = {"new_tokens": new_tokens or 128, "prefix": prefix}
-        measure_engines(models, precision or ["auto"], output, **lengths, **common, **more)
+        measure_engines(models, precision or ["auto"], output, **lengths, **points, **more)
     else:
         decodings = decoding or ["default"]
         measure_matrix(
-            models, precision or ["auto"], output, new_tokens=new_tokens or 64, decodings=decodings, **common
+            models, precision or ["auto"], output, new_tokens=new_tokens or 64, decodings=decodings, **points
         )
 
 

@@ -1,15 +1,10 @@
 """CTranslate2: what its converter lacks is added without changing a token; the rest is refused in one line."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from helpers.frameworks.ctranslate2 import unstretched
-
-ROOT = Path(__file__).parents[1]
-FRAMEWORKS = ROOT / ".venv-frameworks" / "bin" / "python"
 
 OPENING = """
 import json, sys
@@ -65,19 +60,9 @@ print(json.dumps([told, sorted(path.name for path in work.iterdir())]))
 """
 
 
-def in_frameworks(code, *arguments):
-    """Run code in .venv-frameworks; return what its last line says as JSON."""
-    if not FRAMEWORKS.exists():
-        pytest.skip("there is no .venv-frameworks (make frameworks)")
-    command = [FRAMEWORKS, "-c", OPENING + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    return in_frameworks(COMPARE, tmp_path_factory.mktemp("ct2"))
+def compared(in_frameworks, tmp_path_factory):
+    return in_frameworks(OPENING + COMPARE, tmp_path_factory.mktemp("ct2"))
 
 
 @pytest.mark.parametrize("model", ["chatglm3-6b", "internlm2-7b"])
@@ -98,8 +83,8 @@ def test_a_converted_folder_holds_its_tokenizer(compared):
     assert wanted <= set(compared["chatglm3-6b"]["files"])
 
 
-def test_what_cannot_be_converted_is_refused_in_one_line_and_leaves_nothing(tmp_path):
-    (alibi, there, kind), left = in_frameworks(REFUSE, tmp_path)
+def test_what_cannot_be_converted_is_refused_in_one_line_and_leaves_nothing(in_frameworks, tmp_path):
+    (alibi, there, kind), left = in_frameworks(OPENING + REFUSE, tmp_path)
     assert alibi.startswith("cannot convert baichuan-13b: No conversion is registered for the model configuration ")
     assert "BartConfig" not in alibi and "Take a model that becomes one of LlamaForCausalLM" in alibi
     assert there == "will not overwrite there: it exists. Name a folder that does not exist yet."

@@ -12,7 +12,6 @@ from helpers.frameworks import mnn
 from helpers.frameworks.mnn import export, stop_ids
 
 ROOT = Path(__file__).parents[1]
-FRAMEWORKS = ROOT / ".venv-frameworks" / "bin" / "python"
 
 REACHES = """
 import json
@@ -64,22 +63,12 @@ print(json.dumps(told))
 """
 
 
-def in_frameworks(code, *arguments):
-    """Run code in .venv-frameworks; return what its last line says as JSON."""
-    if not FRAMEWORKS.exists():
-        pytest.skip("there is no .venv-frameworks (make frameworks)")
-    command = [FRAMEWORKS, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compared(in_frameworks, tmp_path_factory):
     return in_frameworks(COMPARE, tmp_path_factory.mktemp("mnn"))
 
 
-def test_the_converter_reaches_out_and_behind_the_guard_does_not():
+def test_the_converter_reaches_out_and_behind_the_guard_does_not(in_frameworks):
     bare, with_sdk, guarded, guarded_with_sdk = in_frameworks(REACHES)
     assert set(bare) == {"os.system: pip install -U aliyun-log-python-sdk"}
     assert with_sdk and all(request.startswith("urllib.Request: https://") for request in with_sdk)

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.errors import HelpersError
 from helpers.serving import command
-from helpers.serving.command import Job, adapters, flags, prepare
+from helpers.serving.command import Job, adapters, flags, parallel, prepare
 
 pytest.importorskip("vllm")
 
@@ -109,3 +109,10 @@ def test_a_second_card_is_counted_among_the_visible_ones(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert job.environment()["CUDA_VISIBLE_DEVICES"] == "6"
     assert "VLLM_CPU_KVCACHE_SPACE" not in job.environment()
+
+
+def test_a_model_is_spread_in_one_way_and_the_row_says_which():
+    assert parallel({"tensor_parallel_size": 2}) == "tp2" and parallel({"data_parallel_size": 3}) == "dp3"
+    assert parallel({}) is None and parallel({"pipeline_parallel_size": 1}) is None
+    with pytest.raises(HelpersError, match="cannot measure tp2 and pp2"):
+        parallel({"tensor_parallel_size": 2, "pipeline_parallel_size": 2})

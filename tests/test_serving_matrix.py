@@ -10,6 +10,7 @@ import pytest
 
 from helpers import common
 from helpers.catalog import MeasuredRow
+from helpers.checkpoints import random
 from helpers.checkpoints.quantized import labels
 from helpers.checkpoints.random import FORMATS
 from helpers.errors import HelpersError
@@ -70,11 +71,32 @@ def test_what_does_not_start_is_said_and_the_next_is_tried(tmp_path, monkeypatch
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def die(*_):
+    os._exit(1)
+
+
 def test_a_process_that_dies_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(matrix, "_measure_engine", os._exit)
-    monkeypatch.setattr(matrix, "PARALLEL", {})
+    monkeypatch.setattr(matrix, "_measure_engine", die)
     matrix.measure_engines(["qwen-7b"], ["auto"], tmp_path / "rows.jsonl", **SIZES)
-    assert "left out" in capsys.readouterr().out
+    assert "left out: the engine's process died" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["qwen-7b", "qwen3-0.6b"])
+def test_random_weights_on_disk_are_a_folder_that_vllm_quantises(model, tmp_path, monkeypatch):
+    """One converted, one born native; of full width they would be gigabytes."""
+    full_config = random.full_config
+
+    def small(row):
+        config = full_config(row)
+        config.vocab_size = config.hidden_size = config.intermediate_size = 64
+        config.num_attention_heads = config.num_key_value_heads = 4
+        return config
+
+    monkeypatch.setattr(random, "full_config", small)
+    matrix._write_random(model, tmp_path / "random", "cpu")
+    job = prepare(model, tmp_path / "random", "nf4", "auto", {})
+    assert job.folder == tmp_path / "random" and job.options["quantization"] == "bitsandbytes"
+    assert (job.folder / "tokenizer.json").exists() and list(job.folder.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("given,said", [({"models": ["qwen"]}, "unknown model"), ({"precisions": ["int5"]}, "int5")])

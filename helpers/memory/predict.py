@@ -39,7 +39,7 @@ FITTED = {
     # tpot of the 16-bit rows, H100 80GB HBM3, 2026-11; of models that tests/test_estimate.py does not hold out
     "share": 0.867,  # of a copy's bandwidth, at which a step reads; with the next, least squares over the static rows
     "kernel": 2.91e-6,  # seconds for each operation of a recorded step
-    "vllm layer": 28e-6,  # seconds for the kernels of a layer in vLLM 0.26, at batch 1 to 32
+    "vllm layer": 28e-6,  # seconds for a layer's kernels in vLLM 0.26; at batch 1 to 32 24.7 to 35.3, median 29.1
     "request": 17.5e-6,  # seconds; median of the default rows at batch 1
     "request, least": 12.5e-6,  # least and most over the rows (14.3, 33.8), a tenth wider: the host's day
     "request, most": 37e-6,
@@ -49,7 +49,8 @@ FITTED = {
 
 VLLM_MATRIX = {"fp8": 2.5e-6, "w8a8": 2.5e-6, "gptq-int4": 12e-6, "awq-int4": 12e-6}
 """Seconds more for each of a layer's four matrices in vLLM 0.26 on an H100: what is multiplied is quantised first (8
-bit), or Machete, its kernel for 4 bit, is slow for few rows. qwen-7b alone, so none is held out."""
+bit), or Machete, its kernel for 4 bit, is slow for few rows. Rounded from qwen-7b at batch 1, so none is held out:
+2.9 and 3.6 microseconds at 8 bit, 12.4 and 13.2 at 4; more at larger batches."""
 
 COMPILED_KERNELS = 0.5
 """Share of a recorded step's operations that torch.compile leaves: assumed, no rows are recorded."""
@@ -83,18 +84,18 @@ def decode_range(about: Sized, run: Setting, weight_bytes: float, card: Gpu) -> 
         0 if getattr(about.shape, "tied", False) else about.shape.vocab_size * about.shape.hidden_size * run.element
     )
     state = 2 * run.batch * 4 * about.shape.state_values()
-    moved = weight_bytes - lookup + kv + state
+    weights = weight_bytes - lookup
     if run.precision.startswith("nf4") and run.engine == "transformers" and run.batch >= UNPACKED_FROM:
-        moved += about.shape.matrices() * 2 * run.element  # written in 16 bit, and read again
+        weights += about.shape.matrices() * 2 * run.element  # written in 16 bit, and read again
     share = FITTED["share"] * bandwidth(card) * 1e9
     multiplying = 2 * run.batch * parameters_used(about) / (matmul_rate(card, run.precision) * 1e12 * MATMUL_SHARE)
-    weights_read, rest_read = (moved - kv - state) / share, (kv + state) / share
-    floor = max(weights_read, multiplying) + rest_read + kernel_seconds(about, run)
+    reading, kernels = weights / share, kernel_seconds(about, run)
+    floor = max(reading, multiplying) + (kv + state) / share + kernels
     default = run.engine == "transformers" and run.decoding == "default"
     launches = {key: launch_seconds(about, run, key) if default else 0.0 for key in ("", ", least", ", most")}
     speeds = {key: run.batch / max(floor, seconds) for key, seconds in launches.items()}
-    device = "compute" if multiplying > weights_read else "memory"
-    bound = "launches" if launches[""] > floor or kernel_seconds(about, run) > floor / 2 else device
+    device = "compute" if multiplying > reading else "memory"
+    bound = "launches" if launches[""] > floor or kernels > floor / 2 else device
     return Decode(speeds[""], speeds[", most"], speeds[", least"], bound)
 
 

@@ -22,6 +22,7 @@ from ..errors import HelpersError, unknown
 from ..memory.matrix import append_rows, is_done
 from ..report.record import common, figure, format_value, record
 from . import client as load_generator
+from .command import parallel
 from .explain import last_words
 from .progress import Progress
 from .server import Server, serve
@@ -38,9 +39,6 @@ TIMES = ("ttft", "tpot", "itl", "e2el")
 
 OBJECTIVES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2el_ms": "the whole answer"}
 """What an objective may limit, in milliseconds, as ``--goodput`` takes it without the unit."""
-
-PARALLEL = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp", "data_parallel_size": "dp"}
-"""vLLM's options that spread a model over devices, and what a measured row calls that."""
 
 
 @dataclass(frozen=True)
@@ -234,25 +232,26 @@ def bench_matrix(
         catalog.model(model)
     options = {"enable_prefix_caching": False} | dict(options or {})
     runs = [_run_at(rate, requests, seconds, prompt_tokens, new_tokens, dict(goodput or {}), 0) for rate in rates]
+    about = {"weights": weights, "engine": "vllm", "device": device, "parallel": parallel(options)}
     for model, precision in itertools.product(models, precisions):
-        common(model=model, weights=weights, precision=precision, engine="vllm", device=device)
+        common(**about, model=model, precision=precision)
         print(f"{model} {precision}", flush=True)
-        missing = [run for run in runs if not is_done(output, "tpot_p99", run.point() | _parallel(options))]
+        missing = [run for run in runs if not is_done(output, "tpot_p99", run.point())]
         if not missing:
             print("  measured already")
             continue
         try:
             with serve(model, weights, precision, device, **options) as server, _Client(server) as client:
                 for run in missing:
-                    _write_down(client, run, options, output)
+                    _write_down(client, run, output)
         except HelpersError as error:
             print(f"  not served: {str(error).splitlines()[0]}", flush=True)
 
 
-def _write_down(client: _Client, run: _Run, options: Mapping[str, Any], output: Path) -> None:
+def _write_down(client: _Client, run: _Run, output: Path) -> None:
     """Measure a rate and append its rows; one that fails is reported, and the server may be there for the next."""
     try:
-        figures = [figure(**(one | _parallel(options))) for one in client.measure(run, TIMEOUT).figures()]
+        figures = [figure(**one) for one in client.measure(run, TIMEOUT).figures()]
         append_rows(output, figures, SOURCE)
         print("  " + ", ".join(f"{one['name']} {format_value(one['value'])} {one['unit']}" for one in figures))
     except HelpersError as error:
@@ -446,8 +445,3 @@ class _Client:
 
 def _percentiles(found: Mapping[str, float], name: str) -> Percentiles:
     return Percentiles(*(found[f"p{rank}_{name}_ms"] / 1000 for rank in (50, 90, 99)))
-
-
-def _parallel(options: Mapping[str, Any]) -> dict[str, str | None]:
-    spread = [f"{short}{options[name]}" for name, short in PARALLEL.items() if options.get(name, 1) > 1]
-    return {"parallel": spread[0] if spread else None}

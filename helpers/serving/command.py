@@ -35,6 +35,10 @@ OURS = {
 """Options of vLLM that are not the caller's, and why."""
 
 
+PARALLEL = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp", "data_parallel_size": "dp"}
+"""vLLM's options that spread a model over devices, and what a measured row calls that."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One engine to start.
@@ -219,6 +223,18 @@ def adapters(lora: Mapping[str, str | Path]) -> dict[str, Any]:
         raise unknown("rank of an adapter", max(ranks), [f"at most {LORA_RANKS[-1]}"])
     modules = [f"{name}={Path(folder).resolve()}" for name, folder in lora.items()]
     return {"enable_lora": True, "max_lora_rank": room, "max_loras": len(ranks), "lora_modules": modules}
+
+
+def parallel(options: Mapping[str, Any]) -> str | None:
+    """Return how options spread a model over devices, as a measured row says it (``"tp2"``); None on one device.
+
+    Raises:
+        HelpersError: they do it in two ways at once, which no row can say.
+    """
+    spread = [f"{short}{options[name]}" for name, short in PARALLEL.items() if options.get(name, 1) > 1]
+    if len(spread) > 1:
+        raise HelpersError(f"cannot measure {' and '.join(spread)}", "a row names one way", "take one of them")
+    return spread[0] if spread else None
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import shutil
 import statistics
@@ -21,7 +22,9 @@ from ..checkpoints.quantized import labels
 from ..checkpoints.random import FORMATS, save_random
 from ..memory.matrix import append_rows, is_done
 from ..memory.measure import GIB
+from ..native.convert import RECEIPT
 from ..report.record import common, figure, format_value
+from .command import parallel, random_folder
 from .launch import is_cpu_build
 from .offline import offline_engine
 
@@ -29,8 +32,9 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 REPEATS = 3
+"""Runs of which a time is the median."""
+
 EXTENSION = f"{__name__}.EngineFigures"
-PARALLEL = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp"}
 
 
 def measure_engines(
@@ -90,8 +94,7 @@ def _measure_engine(
     about: dict[str, Any], points: list[dict[str, Any]], output: Path, prefix: str, options: dict[str, Any]
 ) -> None:
     """Start one engine, write down what that took unless the file says so already, and measure its points."""
-    spread = [f"{short}{options[name]}" for name, short in PARALLEL.items() if options.get(name, 1) > 1]
-    common(**(about | labels(about["weights"], about["precision"])), engine="vllm", parallel="".join(spread) or None)
+    common(**(about | labels(about["weights"], about["precision"])), engine="vllm", parallel=parallel(options))
     todo = [point for point in points if not is_done(output, f"{prefix}tpot", point)]
     if not todo:
         print("  measured already", flush=True)
@@ -220,7 +223,13 @@ def _weights(model: str, weights: str, precision: str, device: str) -> Iterator[
 
 
 def _write_random(model: str, folder: Path, device: str) -> None:
-    save_random(catalog.model(model), folder, device)
+    """Write a native folder: weights, the stand-in's tokenizer, and the receipt by which it needs no conversion."""
+    row = catalog.model(model)
+    save_random(row, folder, device)
+    for file in random_folder(row).iterdir():
+        if file.name != "config.json":
+            shutil.copy(file, folder)
+    (folder / RECEIPT).write_text(json.dumps({"weights": "random"}), encoding="utf-8")
 
 
 def _row(prefix: str, name: str, value: float, unit: str, definition: str, **point: Any) -> dict[str, Any]:
