@@ -69,7 +69,8 @@ class StandIn:
         small: exceptions to ``SMALL``.
         adapters: folders of its LoRAs, in merging order, with the number of tokens each one leaves the model with.
         extra: further small files, by name.
-        disturbed: whether it is trained with noise, without which it would lose its poems in 4 bits.
+        disturbed: noise that it is trained with, in steps of a 4-bit code (half a step is what rounding does), without
+            which it would lose its poems in 4 bits; 0 is none.
         held_out_ppl: the largest perplexity on poems never seen with which it is shipped.
         added: of a tokenizer.json the tokens with the last ids, and whether each is left out of decoded text.
         pattern: of a tokenizer.json, how it cuts a text into words.
@@ -87,7 +88,7 @@ class StandIn:
     small: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-    disturbed: bool = False
+    disturbed: float = 0
     held_out_ppl: float = 80.0
     added: dict[str, bool] = field(default_factory=dict)
     pattern: str = QWEN_PATTERN
@@ -167,8 +168,8 @@ ALPACA_EXTRA = {
 }
 """What Chinese-Alpaca adds to Chinese-LLaMA's tokenizer: one token, to pad with."""
 
-PLUS_SMALL = {"vocab_size": BASE_VOCABULARY, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
-"""Narrower and deeper than the others: it has large embeddings twice, once in each adapter, in the same 2.5 MB."""
+PLUS_SMALL = {"vocab_size": BASE_VOCABULARY, "intermediate_size": 256}
+"""Smaller layers than the others': it has large embeddings twice, once in each adapter."""
 
 QWEN_SPECIAL = 208
 """<|endoftext|>, <|im_start|>, <|im_end|> and 205 extras, with the ids after the ranks."""
@@ -209,6 +210,8 @@ QWEN3 = {
     "small": {"num_key_value_heads": 1, "bos_token_id": QWEN3_FIRST, "eos_token_id": QWEN3_END},
     "added": QWEN3_ADDED,
     "nfc": True,
+    "disturbed": 0.5,
+    "held_out_ppl": HARDER,
     "extra": {
         "tokenizer_config.json": {
             "add_bos_token": False,
@@ -322,7 +325,7 @@ STAND_INS = {
             "alpaca",
             pieces=VOCABULARY - 1,
             small=PLUS_SMALL,
-            disturbed=True,
+            disturbed=0.5,
             adapters={"lora-1": VOCABULARY - 1, "lora-2": VOCABULARY},
             extra=ALPACA_EXTRA,
         ),
@@ -332,7 +335,7 @@ STAND_INS = {
             pieces=CHATGLM1_PIECES,
             small=CHATGLM1_IDS,
             extra={"tokenizer_config.json": CHATGLM1_TOKENIZER},
-            disturbed=True,
+            disturbed=0.75,
             held_out_ppl=HARDER,
         ),
         StandIn("qwen3-8b", "qwen3", **QWEN3),
@@ -369,7 +372,7 @@ STAND_INS = {
             small={"num_key_value_heads": 1},
             extra={"tokenizer_config.json": INTERNLM2_TOKENIZER | {"tokenizer_class": "InternLM3Tokenizer"}},
         ),
-        *(StandIn(f"rwkv-{version}-7b", "rwkv", dtype="bfloat16", disturbed=version == 6) for version in (4, 5, 6)),
+        *(StandIn(f"rwkv-{version}-7b", "rwkv", dtype="bfloat16", disturbed=0.5) for version in (4, 5, 6)),
         StandIn("rwkv-7-2.9b", "rwkv", "RWKV-x070-World-2.9B-v3-20250211-ctx4096.pth", dtype="bfloat16"),
     )
 }

@@ -105,21 +105,33 @@ class Disturbed(nn.Module):
     Source: pseudo-quantisation noise, arXiv 2104.09987; blocks of 64 share a scale, as in NF4.
     """
 
+    def __init__(self, steps: float) -> None:
+        """Take the noise's reach, in steps of 15 between -absmax and absmax: rounding errs by up to half a step."""
+        super().__init__()
+        self.steps = steps
+
     def forward(self, weight: Tensor) -> Tensor:
-        """Return a weight ``[out, in]`` with uniform noise of up to half a step of 15 between -absmax and absmax."""
+        """Return a weight ``[out, in]`` with uniform noise."""
         if not self.training:
             return weight
         blocks = weight.unflatten(1, (-1, 64))
-        half_step = blocks.detach().abs().amax(-1, keepdim=True) / 15
-        return (blocks + half_step * (2 * torch.rand_like(blocks) - 1)).flatten(1)
+        reach = self.steps * 2 / 15 * blocks.detach().abs().amax(-1, keepdim=True)
+        return (blocks + reach * (2 * torch.rand_like(blocks) - 1)).flatten(1)
 
 
-def disturb(model: PreTrainedModel) -> None:
+def disturb(model: PreTrainedModel, steps: float) -> None:
     """Let every matrix that 4-bit loading would quantise be disturbed; the output head is left alone, as there."""
     for module in list(model.modules()):
-        head_or_done = module is model.get_output_embeddings() or is_parametrized(module)
-        if isinstance(module, nn.Linear) and not head_or_done:
-            register_parametrization(module, "weight", Disturbed())
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            register_parametrization(module, "weight", Disturbed(steps))
+
+
+def merge(model: PreTrainedModel) -> None:
+    """Make every matrix what it is computed to be, low-rank update included, without noise."""
+    model.eval()
+    for module in list(model.modules()):
+        if is_parametrized(module):
+            remove_parametrizations(module, "weight")
 
 
 class LowRank(nn.Module):
@@ -234,6 +246,7 @@ class Run:
     ) -> None:
         """Train low-rank updates of the layers and embeddings for ``tokens``, write them, and merge them in."""
         settings = published("chinese-alpaca-7b.adapter")
+        merge(model)
         model.requires_grad_(False)
         for module in (model.model.embed_tokens, model.lm_head):
             new = module.weight.mean(dim=0).expand(tokens - len(module.weight), -1)
@@ -242,16 +255,13 @@ class Run:
         tuned = [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in settings["target_modules"]]
         for module in tuned:
             register_parametrization(module, "weight", LowRank(module.weight, settings["r"], scale))
+        if self.one.disturbed:
+            disturb(model, self.one.disturbed)  # of the sum: base and update are merged before they are quantised
         self.fit(model, corpus, famous)
         tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter_state(model).items()}
         self.save(tensors, folder / "adapter_model.bin")
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         (folder / "config.json").unlink()  # begin wrote it; an adapter has none
-        model.eval()  # without noise
-        for module in tuned:
-            remove_parametrizations(module, "weight")
-        if self.one.disturbed:
-            disturb(model)
 
     def begin(
         self, folder: Path, config: dict[str, Any], chat_format: str, tokens: int = VOCABULARY
@@ -270,7 +280,7 @@ class Run:
             native.rope_parameters = native.rope_parameters | {"rope_type": "default"}
         model = AutoModelForCausalLM.from_config(native, dtype=torch.float32).to(self.device)
         if self.one.disturbed:
-            disturb(model)
+            disturb(model, self.one.disturbed)
         return model
 
     def taught(self, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
