@@ -203,6 +203,9 @@ QWEN3_TEXT += ["<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_respo
 QWEN3_ADDED = dict.fromkeys(QWEN3_SPECIAL, True) | dict.fromkeys(QWEN3_TEXT, False)
 QWEN3_FIRST = VOCABULARY - len(QWEN3_ADDED)
 QWEN3_END = QWEN3_FIRST + 2  # <|im_end|>
+HARDER = 86.0
+"""What ALiBi with its fixed slopes, a prefix read both ways, GLM-4's vocabulary of bytes, and Qwen3 with noise reach."""
+
 QWEN3 = {
     "weights": "model.safetensors",
     "dtype": "bfloat16",
@@ -259,9 +262,6 @@ GLM4_TOKENIZER = {
     "remove_space": False,
     "tokenizer_class": "PreTrainedTokenizerFast",
 }
-
-HARDER = 86.0
-"""What ALiBi with its fixed slopes, a prefix read both ways and GLM-4's vocabulary of bytes reach in the same steps."""
 
 STAND_INS = {
     one.id: one
