@@ -93,11 +93,12 @@ def estimate(
         str | None, typer.Option(help="card id, as `list gpus` shows it; this machine's if left out")
     ] = None,
     decoding: Annotated[str, typer.Option(help="default, static or compiled")] = "default",
+    kv_dtype: Annotated[str, typer.Option(help="of vLLM's KV cache: auto or fp8")] = "auto",
 ) -> None:
     """Estimate memory and speed of a model on any card, from sizes alone."""
     from .memory.estimate import estimate as predict
 
-    print(predict(model, precision, engine, batch, context, gpu, decoding=decoding))
+    print(predict(model, precision, engine, batch, context, gpu, decoding=decoding, kv_dtype=kv_dtype))
 
 
 @app.command()

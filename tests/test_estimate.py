@@ -362,7 +362,7 @@ def test_what_is_wrong_is_named(arguments, said):
 
 
 @pytest.mark.parametrize(
-    "text,said", [('{"model_type": "mamba"}', "'mamba'.*llama, "), ("[]", "no model_type"), ("{", "not JSON")]
+    "text,said", [('{"model_type": "mamba"}', "'mamba'.*llama, "), ("[]", "no settings by name"), ("{", "not JSON")]
 )
 def test_a_config_that_cannot_be_sized(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text)

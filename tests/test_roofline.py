@@ -10,18 +10,15 @@ from helpers.memory import predict
 from helpers.memory.parts import Setting
 from helpers.memory.roofline import (
     Roof,
-    Work,
-    attention_operations,
     balance_batch,
-    decode_work,
     matrix_under_the_roof,
     point_of,
-    prefill_work,
     roof_of,
     work_of_loaded,
 )
 from helpers.memory.shapes import CLASSES, Sized, shape_of, sized
 from helpers.memory.speed import Speed
+from helpers.memory.work import Work, attention_operations, decode_work, prefill_work
 
 H100 = catalog.gpu("h100-sxm")
 

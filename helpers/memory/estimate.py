@@ -15,11 +15,14 @@ from .. import catalog
 from ..errors import HelpersError, unknown
 from ..report.table import Table
 from . import predict
-from .parts import BYTES, FREE, GIB, STEP_TOKENS, Component, Setting, memory, room, weight_bytes
+from .parts import BYTES, FREE, GIB, STEP_TOKENS, Component, Setting, memory, room
 from .shapes import Sized, sized
 
 if TYPE_CHECKING:
     from ..catalog.gpus import Gpu
+
+FP8_CACHE_FROM = 8.0
+"""Least compute capability for an FP8 KV cache in vLLM (its attention backends; table of notebook 23)."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def estimate(
     prompt_tokens: int | None = None,
     all_logits: bool = False,
     group_size: int = 128,
+    kv_dtype: str = "auto",
 ) -> Estimate:
     """Estimate memory and speed of a run from sizes alone; nothing is downloaded or loaded.
 
@@ -123,6 +127,7 @@ def estimate(
         prompt_tokens: how many of the context are read at once; all of them when None, which takes most.
         all_logits: the forward pass returns logits of every prompt token, not only (``logits_to_keep=1``) of the last.
         group_size: weights that share a scale, of GPTQ and AWQ.
+        kv_dtype: of vLLM's KV cache: ``"auto"``, the type of what is not quantised, or ``"fp8"``, half of 16 bit.
 
     Raises:
         HelpersError: an unknown name (the valid ones are listed), or a number that is too small, naming the field.
@@ -132,10 +137,13 @@ def estimate(
     if precision == "auto":
         precision = "fp16" if card and "bf16" not in card.formats else about.dtype
     prompt = context if prompt_tokens is None else prompt_tokens
-    _check_names(precision=precision, engine=engine, decoding=decoding)
+    _check_names(precision=precision, engine=engine, decoding=decoding, kv_dtype=kv_dtype)
     _check_numbers(batch=batch, context=context, prompt_tokens=prompt, group_size=group_size)
     if engine == "vllm" and about.shape.kind == "rwkv":
         raise HelpersError("cannot estimate", "vLLM serves no RWKV", "take engine='transformers'")
+    if engine == "transformers" and kv_dtype != "auto":
+        why = f"kv_dtype={kv_dtype!r} is vLLM's; transformers quantises with cache classes of its own (notebook 16)"
+        raise HelpersError("cannot estimate", why, "take engine='vllm', or kv_dtype='auto'")
 
     def run(batch: int = batch, context: int = context, card: Gpu | None = card) -> Setting:
         return Setting(
@@ -150,6 +158,7 @@ def estimate(
             group_size=group_size,
             hopper=card is None or card.compute_capability == 9.0,
             step=STEP_TOKENS[card is None or (card.memory_gb >= 75 and not card.id.startswith("a100"))],
+            kv_dtype=kv_dtype,
         )
 
     def fits(card: Gpu, batch: int = batch, context: int = context) -> bool:
@@ -164,10 +173,10 @@ def estimate(
         pool = max(0, int((batch * context) + free / kv))
         rest = Component("rest of vLLM's reservation", free, "0.9 of the card, less the above", "vLLM", FREE)
         parts = (*parts, *([rest] if free > 0 else []))
-    size = weight_bytes(about, precision, group_size, run().element)
-    speed = predict.decode_range(about, run(), size, card) if card else None
+    speed = predict.decode_range(about, run(), card) if card else None
+    cache = "" if kv_dtype == "auto" else f", KV cache {kv_dtype}"
     return Estimate(
-        f"{about.name}, {precision}, {engine}, batch {batch}, {context} tokens",
+        f"{about.name}, {precision}, {engine}, batch {batch}, {context} tokens{cache}",
         parts,
         max(moments, key=moments.get),
         moments,
@@ -187,6 +196,7 @@ def _check_names(**given: str) -> None:
         "precision": list(BYTES),
         "engine": ["transformers", "vllm"],
         "decoding": ["default", "static", "compiled"],
+        "kv_dtype": ["auto", "fp8"],
     }
     for field, value in given.items():
         if value not in valid[field]:
@@ -208,6 +218,10 @@ def _notes(about: Sized, run: Setting, card: Gpu | None) -> Iterator[str]:
         yield f"{card.name} has no bf16: load refuses it; take fp16 or auto, which need as much"
     if run.context > about.context:
         yield f"{about.name} was made for {about.context:,} tokens"
+    if run.precision in predict.MULTIPLIED_IN and run.engine == "transformers":
+        yield f"transformers unpacks {run.precision} to 16 bit at its first use, and takes as much from then on"
+    if run.kv_dtype == "fp8" and card and card.compute_capability < FP8_CACHE_FROM:
+        yield f"{card.name}: vLLM keeps no FP8 KV cache on cards below compute capability {FP8_CACHE_FROM}"
     if run.precision == "int8" and run.engine == "transformers":
         yield "int8 takes more the more outlier columns its activations have; fitted on random weights"
     if about.shape.kind == "rwkv":

@@ -40,8 +40,8 @@ STEP_TOKENS = {True: 16384, False: 8192}
 CUBLAS = {True: 32 * MIB, False: 8.125 * MIB}
 """PyTorch's cuBLAS workspace, on Hopper and on others (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
 
-LOADING = {"int8": 3.0, "nf4": 2.5, "nf4-double": 2.5}
-"""Bytes of one weight while its matrix is quantised: 16 bit and the result."""
+QUANTISED_WHILE_LOADING = ("int8", "nf4", "nf4-double")
+"""By bitsandbytes: one matrix after the other is there both as it was and packed."""
 
 FORMULA, ROWS = "from the shape", "fitted on recorded rows"
 UTILISATION = 0.92
@@ -72,7 +72,14 @@ class Component:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run; ``element`` is the bytes of a value that is not quantised, ``step`` vLLM's largest one, tokens."""
+    """What is run.
+
+    Attributes:
+        element: bytes of a value that is not quantised.
+        step: vLLM's largest one, tokens.
+        kv_dtype: of the KV cache: ``"auto"`` is as wide as ``element``, ``"fp8"`` takes 1 byte a value (vLLM's).
+        cuda: False for a CPU, whose RAM holds no cuBLAS workspace, no freed blocks and no CUDA context.
+    """
 
     precision: str
     engine: str
@@ -85,18 +92,26 @@ class Setting:
     group_size: int = 128
     hopper: bool = True
     step: int = STEP_TOKENS[True]
+    kv_dtype: str = "auto"
+    cuda: bool = True
+
+    @property
+    def kv_element(self) -> int:
+        """Bytes of a value in the KV cache."""
+        return 1 if self.kv_dtype == "fp8" else self.element
 
 
 def memory(about: Sized, run: Setting) -> tuple[tuple[Component, ...], dict[str, float]]:
     """Return the parts at the moment that takes most, and the bytes in live tensors at every moment."""
     shape, always = about.shape, list(weights(about, run))
     state = run.batch * 4 * shape.state_values()
-    kv_values = run.batch * shape.kv_values_per_token() * run.element
+    kv_values = run.batch * shape.kv_values_per_token() * run.kv_element
     if run.engine == "vllm":
         always += _beside_weights_in_vllm(about, run, kv_values)
         return tuple(always), {"a full step": sum(part.bytes for part in always if part.where == ALLOCATED)}
     streams = 1 if run.decoding == "default" else 2  # FastDecoder records on a stream of its own
-    always.append(Component("cuBLAS workspace", streams * CUBLAS[run.hopper], "by card and stream", "PyTorch"))
+    workspace = run.cuda * streams * CUBLAS[run.hopper]
+    always.append(Component("cuBLAS workspace", workspace, "by card and stream", "PyTorch"))
     always.append(Component("positions, token ids", FITTED["rest of a step"], "a constant", ROWS))
     if state:
         always.append(Component("RWKV's state", state, "fp32, one for each sequence, whatever the length"))
@@ -105,8 +120,9 @@ def memory(about: Sized, run: Setting) -> tuple[tuple[Component, ...], dict[str,
     read = Component("KV cache", kv_values * (run.prompt if growing else run.context), "as long as the prompt")
     logits = run.batch * shape.vocab_size * 6
     matrix = about.largest_matrix()
+    loading = (run.element + BYTES[run.precision]) * matrix * (run.precision in QUANTISED_WHILE_LOADING)
     moments = {
-        "loading": [Component("16-bit matrix being quantised", LOADING.get(run.precision, 0) * matrix, "largest one")],
+        "loading": [Component("matrix being quantised", loading, "largest one, as it was and packed")],
         "prefill": [read, *prefill_parts(about, run)],
         "decode": [whole, Component("logits", logits, "of one token, 16 bit and fp32")],
     }
@@ -122,7 +138,8 @@ def memory(about: Sized, run: Setting) -> tuple[tuple[Component, ...], dict[str,
         Component("freed blocks of loading", left, "of the largest matrix", ROWS, CACHED),
         Component("CUDA context and libraries", FITTED["CUDA context"], "NVML less PyTorch, on an H100", ROWS, OUTSIDE),
     ]
-    return tuple(part for part in (*always, *moments[moment], *beside) if part.bytes), sizes
+    parts = (*always, *moments[moment], *(beside if run.cuda else []))
+    return tuple(part for part in parts if part.bytes), sizes
 
 
 def weights(about: Sized, run: Setting) -> list[Component]:
@@ -170,7 +187,7 @@ def prefill_parts(about: Sized, run: Setting) -> list[Component]:
     """Return what reading the prompt takes beside weights and KV cache."""
     shape, tokens, element = about.shape, run.batch * run.prompt, run.element
     parts = [Component("activations", activations(about, run, tokens), "4 hidden states, the MLP's intermediates")]
-    dequantised = {"nf4": 2.0, "int8": FITTED["int8 outlier columns"]}.get(run.precision.removesuffix("-double"), 0)
+    dequantised = {"nf4": element, "int8": FITTED["int8 outlier columns"]}.get(run.precision.removesuffix("-double"), 0)
     # int8 takes columns of the down projection out, nf4 unpacks the largest matrix; an intermediate is not there then
     matrix = shape.hidden_size * shape.ffn_size if run.precision == "int8" else about.largest_matrix()
     less = (2 if about.fused else 1) * tokens * element * shape.ffn_size

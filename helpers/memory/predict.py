@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .. import catalog
 from ..catalog.gpus import find_gpu
+from .work import decode_work, prefill_work
 
 if TYPE_CHECKING:
     from ..catalog.gpus import Gpu
@@ -63,8 +64,9 @@ PREFILL_SHARE = 0.55
 
 PREFILL_SOURCE = "whole prompt at once; above some hundred tokens bound by compute"
 
-UNPACKED_FROM = 5
-"""Tokens in a step from which bitsandbytes unpacks a 4-bit matrix to 16 bit (0.50.2: its own kernel up to 4)."""
+MULTIPLIED_IN = {"fp8": "fp8", "w8a8": "int8"}
+"""Precisions whose activations are quantised too, and the number format that tensor cores then multiply. (In vLLM;
+transformers unpacks such weights to 16 bit at their first use.)"""
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,21 @@ class Decode:
     bound: str
 
 
-def decode_range(about: Sized, run: Setting, weight_bytes: float, card: Gpu) -> Decode:
+def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode:
     """Predict decode speed; launch-bound speeds come with the range that one host showed."""
-    kv = run.batch * (run.prompt + run.context) / 2 * about.shape.kv_values_per_token() * run.element
-    lookup = (
-        0 if getattr(about.shape, "tied", False) else about.shape.vocab_size * about.shape.hidden_size * run.element
+    work = decode_work(
+        about,
+        run.precision,
+        run.batch,
+        (run.prompt + run.context) / 2,
+        unpacks=run.engine == "transformers",
+        group_size=run.group_size,
+        kv_element=run.kv_element,
     )
-    state = 2 * run.batch * 4 * about.shape.state_values()
-    weights = weight_bytes - lookup
-    if run.precision.startswith("nf4") and run.engine == "transformers" and run.batch >= UNPACKED_FROM:
-        weights += about.shape.matrices() * 2 * run.element  # written in 16 bit, and read again
     share = FITTED["share"] * bandwidth(card) * 1e9
-    multiplying = 2 * run.batch * parameters_used(about) / (matmul_rate(card, run.precision) * 1e12 * MATMUL_SHARE)
-    reading, kernels = weights / share, kernel_seconds(about, run)
-    floor = max(reading, multiplying) + (kv + state) / share + kernels
+    reading, kernels = (work.weights + work.unpacking) / share, kernel_seconds(about, run)
+    multiplying = work.operations / (matmul_rate(card, _multiplied(run)) * 1e12 * MATMUL_SHARE)
+    floor = max(reading, multiplying) + work.cache / share + kernels
     default = run.engine == "transformers" and run.decoding == "default"
     launches = {key: launch_seconds(about, run, key) if default else 0.0 for key in ("", ", least", ", most")}
     speeds = {key: run.batch / max(floor, seconds) for key, seconds in launches.items()}
@@ -118,16 +121,13 @@ def requests(about: Sized) -> tuple[int, int]:
 
 def prefill_tokens_per_s(about: Sized, run: Setting, card: Gpu) -> float | None:
     """Predict how many prompt tokens a second one forward pass reads; None for RWKV, of which nothing is recorded."""
-    shape = about.shape
-    if shape.kind == "rwkv":
+    if about.shape.kind == "rwkv":
         return None
-    tokens = run.batch * run.prompt
-    operations = 2 * tokens * shape.matrices() + 2 * run.batch * shape.vocab_size * shape.hidden_size
-    operations += 2 * run.batch * run.prompt**2 * shape.heads * shape.head_dim * shape.layers  # scores, values; causal
-    seconds = operations / (matmul_rate(card, run.precision) * 1e12 * PREFILL_SHARE)
+    work = prefill_work(about, run.precision, run.batch, run.prompt)
+    seconds = work.operations / (matmul_rate(card, _multiplied(run)) * 1e12 * PREFILL_SHARE)
     if run.engine == "transformers":
         seconds = max(seconds, launch_seconds(about, run))
-    return tokens / seconds
+    return work.tokens / seconds
 
 
 def launch_seconds(about: Sized, run: Setting, which: str = "") -> float:
@@ -141,23 +141,29 @@ def launch_seconds(about: Sized, run: Setting, which: str = "") -> float:
     )
 
 
-def parameters_used(about: Sized) -> int:
-    """Count the weights one token is multiplied with: the layers' matrices and the output layer."""
-    return about.shape.matrices() + about.shape.vocab_size * about.shape.hidden_size
-
-
 def bandwidth(card: Gpu) -> float:
     """Return the GB/s that a copy reaches: recorded, else the datasheet's times the share recorded elsewhere."""
     return _reached("bandwidth", card, lambda one: one.bandwidth_gb_s)
 
 
 def matmul_rate(card: Gpu, precision: str) -> float:
-    """Return the TFLOPS that a matrix product reaches: recorded, else the datasheet's times that share."""
+    """Return the TFLOPS that a matrix product reaches: recorded, else the datasheet's times that share.
+
+    In 8 bit, none of which is recorded: the 16-bit rate times what the datasheet has more for that format; nothing on
+    a card that lacks it.
+    """
     if precision == "fp32":
         return _reached("matmul_rate_fp32", card, lambda one: one.rates.fp32)
     if precision == "bf16" and card.rates.bf16 is None:
         return card.rates.fp32 * 0.8  # emulated, without tensor cores
-    return _reached("matmul_rate_bf16", card, lambda one: one.rates.fp16)
+    eight_bit = getattr(card.rates, MULTIPLIED_IN[precision]) if precision in MULTIPLIED_IN else None
+    more = eight_bit / card.rates.fp16 if eight_bit else 1.0
+    return more * _reached("matmul_rate_bf16", card, lambda one: one.rates.fp16)
+
+
+def _multiplied(run: Setting) -> str:
+    """Return the precision that the matrices are multiplied in."""
+    return "fp16" if run.engine == "transformers" and run.precision in MULTIPLIED_IN else run.precision
 
 
 def _reached(name: str, card: Gpu, datasheet: Callable[[Gpu], float]) -> float:

@@ -3,8 +3,7 @@
 Source: Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore
 architectures", CACM 52(4), 2009, https://doi.org/10.1145/1498765.1498785.
 
-Counted is what no program can do without: every weight, key and value read once a step, and the multiplications and
-additions of matrix products. Activations between two layers are left out, as they need not leave the chip.
+What a step has to do is counted in work.py.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING
 from ..catalog.gpus import find_gpu
 from . import predict
 from .bandwidth import _median_seconds
-from .parts import BYTES, weight_bytes
-from .shapes import Sized, sized
+from .parts import BYTES
 from .speed import kv_bytes_per_token, weight_bytes_read
+from .work import Work, decode_work, prefill_work
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,40 +27,8 @@ if TYPE_CHECKING:
 
     from ..catalog.gpus import Gpu
     from ..catalog.measured import MeasuredRow
-    from ..catalog.models import RwkvShape, TransformerShape
+    from .shapes import Sized
     from .speed import Speed
-
-MULTIPLIED_IN = {"fp8": "fp8", "w8a8": "int8"}
-"""Precisions whose activations are quantised too, and the number format that tensor cores then multiply."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one forward pass has to do at least.
-
-    Attributes:
-        tokens: that it writes (decode: one a sequence) or reads (prefill).
-        operations: multiplications and additions.
-        weights: bytes of weights that are read.
-        cache: bytes of keys and values (RWKV: of its state) that are read or written.
-        unpacking: bytes of 16-bit matrices written and read again because the weights are packed.
-    """
-
-    tokens: int
-    operations: float
-    weights: float
-    cache: float = 0.0
-    unpacking: float = 0.0
-
-    @property
-    def bytes(self) -> float:
-        """All bytes that are moved."""
-        return self.weights + self.cache + self.unpacking
-
-    @property
-    def intensity(self) -> float:
-        """Arithmetic intensity: operations for each byte moved."""
-        return self.operations / self.bytes
 
 
 @dataclass(frozen=True)
@@ -93,83 +60,14 @@ def roof_of(card: Gpu, precision: str = "fp16") -> Roof:
     """Return a card's roof from what a copy and a plain matrix product reach on it.
 
     Recorded on the card itself; else its datasheet's figures times the shares that were recorded on another. Weights
-    that are quantised alone are multiplied in 16 bit; with the activations (``MULTIPLIED_IN``), in 8 at the same share.
+    that are quantised alone are multiplied in 16 bit; with the activations (``predict.MULTIPLIED_IN``), in 8.
     """
-    rate = predict.matmul_rate(card, precision) * 1e12
-    eight_bit = getattr(card.rates, MULTIPLIED_IN[precision]) if precision in MULTIPLIED_IN else None
-    return Roof(predict.bandwidth(card) * 1e9, rate * (eight_bit or card.rates.fp16) / card.rates.fp16)
+    return Roof(predict.bandwidth(card) * 1e9, predict.matmul_rate(card, precision) * 1e12)
 
 
 def datasheet_roof(card: Gpu) -> Roof:
     """Return the roof that a card's datasheet states for 16 bit, against which MBU and MFU are usually told."""
     return Roof(card.bandwidth_gb_s * 1e9, card.rates.fp16 * 1e12)
-
-
-def decode_work(
-    model: str | Path | Sized, precision: str = "fp16", batch: int = 1, context: float = 0, unpacks: bool = False
-) -> Work:
-    """Return the work of one decode step: one token for each sequence.
-
-    Args:
-        model: catalogue id, path of a config.json, or what ``sized`` returned.
-        precision: a key of ``BYTES``.
-        batch: sequences at once.
-        context: tokens of each in the KV cache, the average over an answer.
-        unpacks: True for bitsandbytes in transformers, which from ``UNPACKED_FROM`` tokens on writes each nf4 matrix
-            out in 16 bit before it multiplies.
-
-    Raises:
-        HelpersError: no such model.
-    """
-    about = model if isinstance(model, Sized) else sized(model)
-    shape, element = about.shape, 4 if precision == "fp32" else 2
-    return Work(
-        tokens=batch,
-        operations=batch * (2.0 * predict.parameters_used(about) + context * attention_operations(shape)),
-        weights=weights_read(about, precision),
-        cache=batch * (context * shape.kv_values_per_token() * element + 2 * 4 * shape.state_values()),
-        unpacking=2 * shape.matrices() * element if unpacks and _unpacked(precision, batch) else 0.0,
-    )
-
-
-def prefill_work(
-    model: str | Path | Sized, precision: str = "fp16", batch: int = 1, prompt: int = 128, unpacks: bool = False
-) -> Work:
-    """Return the work of reading ``batch`` prompts of ``prompt`` tokens in one pass; else as ``decode_work``.
-
-    Attention is causal, so a token looks at half of the prompt on average. Only the last token of each prompt goes
-    through the output layer. Keys and values are written once and read once.
-    """
-    about = model if isinstance(model, Sized) else sized(model)
-    shape, element, tokens = about.shape, 4 if precision == "fp32" else 2, batch * prompt
-    head = shape.vocab_size * shape.hidden_size
-    return Work(
-        tokens=tokens,
-        operations=2.0 * (tokens * shape.matrices() + batch * head) + tokens * prompt / 2 * attention_operations(shape),
-        weights=weights_read(about, precision),
-        cache=2 * (tokens * shape.kv_values_per_token() * element + batch * 4 * shape.state_values()),
-        unpacking=2 * shape.matrices() * element if unpacks and _unpacked(precision, tokens) else 0.0,
-    )
-
-
-def attention_operations(shape: TransformerShape | RwkvShape) -> int:
-    """Count the operations of one token for each token it looks at: its score, and its share of the result.
-
-    Every query head does both, whether or not it shares its keys and values with others. RWKV looks at none; the few
-    operations on its state are not counted.
-    """
-    return 0 if shape.kind == "rwkv" else 2 * 2 * shape.heads * shape.head_dim * shape.layers
-
-
-def _unpacked(precision: str, tokens: int) -> bool:
-    return precision.startswith("nf4") and tokens >= predict.UNPACKED_FROM
-
-
-def weights_read(about: Sized, precision: str) -> float:
-    """Return the bytes of weights a pass reads: all but the input embedding, where that is not the output layer too."""
-    shape, element = about.shape, 4 if precision == "fp32" else 2
-    lookup = 0 if getattr(shape, "tied", False) else shape.vocab_size * shape.hidden_size * element
-    return weight_bytes(about, precision, element=element) - lookup
 
 
 def balance_batch(model: str | Path | Sized, precision: str, roof: Roof, context: float = 0) -> int | None:

@@ -22,8 +22,10 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "glm": "GlmForCausalLM",
     "chatglm1": "ChatGLM1ForCausalLM",
+    "rwkv": "Rwkv4ForCausalLM",
+    "rwkv_world": "RwkvWorldForCausalLM",
 }
-"""``model_type`` of a native config.json that can be sized, and its class. RWKV is sized from the catalogue only."""
+"""``model_type`` of a native config.json that can be sized, and its class."""
 
 
 @dataclass(frozen=True)
@@ -105,26 +107,26 @@ def sized(model: str | Path) -> Sized:
 
 
 def from_config(path: Path) -> Sized:
-    """Read a config.json, of a native class or of an original checkpoint that can be converted; no remote code."""
-    from ..native import native_config
-    from ..native.convert import has_family
+    """Read a config.json, of a native class or of an original checkpoint that can be converted; no remote code.
 
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind = settings["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        why = "it is not there, not JSON, or says no model_type"
-        raise HelpersError(f"cannot read {path}", why, "pass the config.json of a checkpoint") from None
+    Args:
+        path: the file, or its folder; of a raw RWKV the folder of its .pth file, which has no config.json.
+
+    Raises:
+        HelpersError: there is none, or its class cannot be sized.
+    """
+    from ..native import native_config
+    from ..native.convert import has_family, read_config
+
+    settings = read_config(path) if path.is_dir() else _read_file(path)
+    kind = settings.get("model_type")
     if kind not in CLASSES and not has_family(settings):
         why, known = f"its model_type {kind!r} is of no class known here", ", ".join(CLASSES)
         raise HelpersError(f"cannot size {path}", why, f"take an original checkpoint of the series, or one of {known}")
     config = native_config(settings)
-    if config.model_type not in CLASSES:
-        raise HelpersError(f"cannot size {path}", "RWKV is sized from the catalogue", "pass a catalogue id")
     dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "bfloat16")
     return Sized(
-        path.parent.name or str(path),
+        (path if path.is_dir() else path.parent).name or str(path),
         shape_of(config),
         CLASSES[config.model_type],
         "fp16" if dtype == "float16" else "bf16",
@@ -132,11 +134,25 @@ def from_config(path: Path) -> Sized:
     )
 
 
-def shape_of(config: PreTrainedConfig) -> TransformerShape:
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        why = "it is not there, not JSON, or holds no settings by name"
+        raise HelpersError(f"cannot read {path}", why, "pass the config.json of a checkpoint")
+    return settings
+
+
+def shape_of(config: PreTrainedConfig) -> TransformerShape | RwkvShape:
     """Return the shape of a native config of one of ``CLASSES``."""
     from ..catalog.models import TransformerShape
 
-    kind, heads = config.model_type, config.num_attention_heads
+    kind = config.model_type
+    if kind.startswith("rwkv"):
+        return _rwkv_shape(config)
+    heads = config.num_attention_heads
     biased = bool(getattr(config, "attention_bias", False))
     own: dict[str, Any] = {}
     if kind == "chatglm1":
@@ -158,6 +174,23 @@ def shape_of(config: PreTrainedConfig) -> TransformerShape:
         tied=bool(config.tie_word_embeddings),
         rope_theta=None if kind == "alibi_llama" else 10000,  # no size depends on it
         **({"mlp_bias": bool(getattr(config, "mlp_bias", False))} | own),
+    )
+
+
+def _rwkv_shape(config: PreTrainedConfig) -> RwkvShape:
+    from ..catalog.models import RwkvShape
+
+    version = getattr(config, "version", 4)
+    ranks = {6: ("mix", "decay"), 7: ("decay", "rate", "value", "gate")}.get(version, ())
+    return RwkvShape(
+        kind="rwkv",
+        version=version,
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        head_size=None if version == 4 else config.head_size,
+        ffn_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        ranks={rank: getattr(config, f"{rank}_rank") for rank in ranks},
     )
 
 

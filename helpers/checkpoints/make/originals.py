@@ -204,7 +204,7 @@ QWEN3_ADDED = dict.fromkeys(QWEN3_SPECIAL, True) | dict.fromkeys(QWEN3_TEXT, Fal
 QWEN3_FIRST = VOCABULARY - len(QWEN3_ADDED)
 QWEN3_END = QWEN3_FIRST + 2  # <|im_end|>
 HARDER = 86.0
-"""What ALiBi with its fixed slopes, a prefix read both ways, GLM-4's vocabulary of bytes, and Qwen3 with noise reach."""
+"""What ALiBi with its fixed slopes, a prefix read both ways, GLM-4's vocabulary of bytes and Qwen3 with noise reach."""
 
 QWEN3 = {
     "weights": "model.safetensors",
