@@ -296,6 +296,33 @@ def test_vllm_fills_its_reservation():
     assert run.largest_batch == run.kv_tokens // 2048
 
 
+def test_an_fp8_cache_of_vllm_is_half_as_large():
+    plain, half = (estimate("qwen-7b", "auto", "vllm", 8, 4096, "h100-sxm", kv_dtype=kind) for kind in ("auto", "fp8"))
+    sizes = [next(part.bytes for part in run.components if part.name == "KV cache") for run in (plain, half)]
+    assert sizes[0] == 8 * 4096 * 512 * 1024 == 2 * sizes[1]
+    assert half.kv_tokens == pytest.approx(2 * plain.kv_tokens, abs=1) and "KV cache fp8" in half.title
+    assert half.decode_tokens_per_s > plain.decode_tokens_per_s
+    old = estimate("qwen-7b", "nf4", "vllm", gpu="t4", kv_dtype="fp8")
+    assert any("no FP8 KV cache" in note for note in old.notes) and not any("FP8" in note for note in half.notes)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "w8a8"])
+def test_prefill_in_8_bit_is_nearer_at_its_own_rate(precision):
+    """From 32 prompts on: with fewer, vLLM's own time for a call counts, of which nothing is predicted."""
+    rows = catalog.measured(name="ttft", engine="vllm", precision=precision, batch=[32, 256], parallel=None)
+    assert len(rows) >= 2
+    for row in rows:
+        card, read = find_gpu(row.device).id, row.batch * row.prompt_tokens / row.value
+        about = {"batch": row.batch, "context": row.prompt_tokens + 1, "prompt_tokens": row.prompt_tokens, "gpu": card}
+        own, plain = (
+            estimate(row.model, kind, "vllm", **about).prefill_tokens_per_s / read for kind in (precision, "bf16")
+        )
+        assert abs(own - 1) < abs(plain - 1) and abs(own - 1) < 0.2, (row.batch, own, plain)
+    with_transformers = estimate("qwen-7b", precision, gpu="h100-sxm", batch=32)
+    assert with_transformers.prefill_tokens_per_s == estimate("qwen-7b", gpu="h100-sxm", batch=32).prefill_tokens_per_s
+    assert any("unpacks" in note for note in with_transformers.notes)
+
+
 def test_what_fits_where():
     assert "t4" in estimate("chatglm3-6b", "nf4").fits_on
     whole = estimate("baichuan-13b", "auto", gpu="t4")
@@ -323,7 +350,7 @@ def test_an_own_config_is_sized_like_the_catalogue(tmp_path):
     from helpers.checkpoints.random import full_config
 
     for id, row in catalog.models().items():
-        if row.family == "rwkv" or row.native_class is None:
+        if row.native_class is None:
             continue
         config = full_config(row)
         shape = shape_of(config)
@@ -354,6 +381,8 @@ def test_an_own_config_is_sized_like_the_catalogue(tmp_path):
         ({"prompt_tokens": 4096}, "prompt_tokens is 4096, more than the whole context of 2048"),
         ({"model": "rwkv-6-7b", "engine": "vllm"}, "vLLM serves no RWKV"),
         ({"group_size": 0, "precision": "gptq-int4"}, "group_size is 0"),
+        ({"engine": "vllm", "kv_dtype": "int8"}, "unknown kv_dtype 'int8'.*auto, fp8"),
+        ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is vLLM's; transformers quantises with cache classes of its own"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, said):

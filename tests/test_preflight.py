@@ -10,9 +10,12 @@ from safetensors.torch import save_file
 
 from helpers import catalog
 from helpers.catalog.models import TransformerShape
+from helpers.checkpoints.load import stand_ins
 from helpers.errors import HelpersError
 from helpers.memory import preflight as check
-from helpers.memory.preflight import GIB, MARGIN, RUNTIME_RAM, TOO_SMALL, Size, estimate, model_size
+from helpers.memory.parts import GIB, MIB, Setting, activations, memory
+from helpers.memory.preflight import RUNTIME_RAM, TOO_SMALL, file_sizes, sized_weights
+from helpers.memory.shapes import Sized
 
 module = sys.modules["helpers.memory.preflight"]  # `helpers.memory.preflight` is the function of that name
 
@@ -48,25 +51,33 @@ def rows(result):
 
 def test_largest_shard_is_the_catalogues_where_it_knows_it():
     known = SimpleNamespace(**vars(ROW) | {"largest_file": 1_968_299_544})
-    assert model_size(known, "hub").shard == 1_968_299_544
-    assert model_size(ROW, "hub").shard == 10 * 10**9
+    assert file_sizes(known, "hub") == (ROW.weight_bytes, 1_968_299_544)
+    assert file_sizes(ROW, "hub") == (ROW.weight_bytes, 10 * 10**9)
 
 
-def test_sizes_of_a_published_model():
-    size = model_size(ROW, "hub")
-    embeddings = 2 * 65024 * 4096
-    assert size.kv_per_token * 2 == 28 * 1024  # the published 28 KiB
-    assert 0 < size.parameters - embeddings - size.linear < 0.001 * size.parameters  # norms and biases
-    assert size.shard == 10**10
+def test_a_cpu_has_weights_cache_and_activations_alone():
+    about = Sized.of(ROW)
+    run = Setting("fp32", "transformers", "default", 1, 100, 120, element=4, cuda=False)
+    parts = {part.name: part.bytes for part in memory(about, run)[0]}
+    assert parts.pop("positions, token ids") == MIB
+    assert parts == {
+        "weights": 4 * ROW.parameters,
+        "KV cache": 100 * 56 * 1024,
+        "activations": activations(about, run, 100),
+    }
+    on_gpu = {part.name for part in memory(about, Setting("fp32", "transformers", "default", 1, 100, 120, 4))[0]}
+    assert {"cuBLAS workspace", "CUDA context and libraries", "freed blocks of the growing cache"} < on_gpu
 
 
-def test_estimate_by_hand():
-    size = Size(parameters=1000, linear=800, kv_per_token=5, files=2000, shard=2000)
-    assert estimate(size, "fp16", 2, batch=1, tokens=0) == pytest.approx(2000 * MARGIN)
-    assert estimate(size, "fp32", 4, batch=1, tokens=0) == pytest.approx(4000 * MARGIN)
-    assert estimate(size, "int8", 2, batch=1, tokens=0) == pytest.approx((800 + 400) * MARGIN)
-    assert estimate(size, "nf4", 2, batch=1, tokens=0) == pytest.approx((450 + 400) * MARGIN)
-    assert estimate(size, "fp16", 2, batch=3, tokens=7) == pytest.approx((2000 + 3 * 7 * 5 * 2) * MARGIN)
+def test_quantised_in_fp32_keeps_and_unpacks_fp32():
+    """On a CPU what is not quantised is fp32: the matrix being loaded, and the one being unpacked."""
+    about = Sized.of(ROW)
+    run = Setting("nf4", "transformers", "default", 1, 1, 8, element=4, cuda=False)
+    parts, moments = memory(about, run)
+    matrix, weights = about.largest_matrix(), sum(part.bytes for part in parts if part.name.startswith(("w", "scales")))
+    assert moments["loading"] == weights + 4.5 * matrix + MIB
+    unpacked = next(part.bytes for part in memory(about, run)[0] if part.name == "matrix being quantised")
+    assert unpacked == 4.5 * matrix
 
 
 def test_hub_on_a_gpu(machine):
@@ -76,7 +87,7 @@ def test_hub_on_a_gpu(machine):
     weights, cache = 2 * ROW.parameters, 2048 * 28 * 1024
     rest = by_name["VRAM"].need - weights - 2 * cache  # the cache once more, in blocks freed as it grew
     assert 0.69 * GIB < rest < 1.1 * GIB  # CUDA context, workspace, activations of 2,048 tokens
-    assert by_name["system RAM"].need == RUNTIME_RAM
+    assert by_name["system RAM"].need == RUNTIME_RAM["cuda"]
     assert by_name["disk"].need == 2 * ROW.weight_bytes  # the download and the converted copy
 
 
@@ -94,7 +105,9 @@ def test_cpu_needs_ram_and_no_vram(machine):
     machine.device = "cpu"
     by_name = rows(check("m", "hub"))
     assert by_name["VRAM"].verdict == "not needed"
-    assert by_name["system RAM"].need == pytest.approx(MARGIN * (4 * ROW.parameters + 2048 * 56 * 1024))
+    about, run = Sized.of(ROW), Setting("fp32", "transformers", "default", 1, 2048, 2048, 4)
+    whole = 4 * ROW.parameters + 2048 * 56 * 1024 + activations(about, run, 2048) + MIB
+    assert by_name["system RAM"].need == whole + RUNTIME_RAM["cpu"]
 
 
 def test_too_little_vram_names_the_precision_that_fits(machine):
@@ -153,17 +166,52 @@ def test_wrong_names_are_refused(machine):
         check("m", weights="small")
 
 
-def test_stand_in_is_sized_from_its_own_files(machine, monkeypatch, tmp_path):
+def write_folder(folder, **more):
     config = dict(model_type="llama", hidden_size=8, num_hidden_layers=3, num_attention_heads=2, vocab_size=16)
     config |= dict(intermediate_size=16, num_key_value_heads=1, max_position_embeddings=32, rms_norm_eps=1e-5)
-    folder = tmp_path / "tiny" / "m"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | more))
     save_file({"w": torch.zeros(1000, dtype=torch.float16)}, folder / "model.safetensors")
-    monkeypatch.setattr(module, "TINY", tmp_path / "tiny")
-    size, on_disk = model_size(ROW, "tiny"), (folder / "model.safetensors").stat().st_size
-    assert size.files == size.shard == on_disk and size.parameters == on_disk // 2
-    assert size.kv_per_token == 2 * 3 * 1 * 4
+    return str(folder), (folder / "model.safetensors").stat().st_size
+
+
+def test_an_own_folder_is_sized_from_its_config_and_files(machine, tmp_path):
+    machine.device = "cpu"
+    folder, on_disk = write_folder(tmp_path / "mine")
+    assert file_sizes(ROW, folder) == (on_disk, on_disk)
+    shape = sized_weights(ROW, folder).shape
+    assert shape.kv_values_per_token() == 2 * 3 * 1 * 4 and shape.layers == 3
+    by_name = rows(check("m", folder))
+    assert by_name["largest shard"].need == by_name["disk"].need == on_disk
+    parameters = sum(shape.count_parameters().values())
+    assert 4 * parameters < by_name["system RAM"].need - RUNTIME_RAM["cpu"] - MIB < 4 * parameters + 2048 * 1024
+
+
+def test_the_base_of_an_adapter_is_sized(machine, tmp_path):
+    write_folder(tmp_path / "lora" / "base")
+    assert sized_weights(ROW, str(tmp_path / "lora")).shape.layers == 3
+
+
+@pytest.mark.parametrize("method,stays", [("gptq", True), ("compressed-tensors", False)])
+def test_a_quantised_folder_takes_its_files_and_no_more_weights(machine, tmp_path, method, stays):
+    machine.device = "cpu"
+    (plain, _), (saved, on_disk) = (
+        write_folder(tmp_path / "plain"),
+        write_folder(tmp_path / "saved", quantization_config={"quant_method": method, "bits": 4}),
+    )
+    weights = 4 * sum(sized_weights(ROW, plain).shape.count_parameters().values())
+    more = rows(check("m", plain))["system RAM"].need - rows(check("m", saved))["system RAM"].need
+    assert more == pytest.approx(weights - on_disk if stays else 0)
+
+
+def test_every_stand_in_is_sized_as_what_it_holds():
+    """The bytes of its file, in 16 bit, are those of its shape: what was trained is what is counted."""
+    for model in stand_ins():
+        row = catalog.model(model)
+        if row.stored_parameters or row.adapters:  # what is stored twice, or grows when the adapter is merged
+            continue
+        parameters = sum(sized_weights(row, "tiny").shape.count_parameters().values())
+        assert file_sizes(row, "tiny")[0] == pytest.approx(2 * parameters, rel=0.02), model
 
 
 def test_a_container_limit_counts(monkeypatch, tmp_path):

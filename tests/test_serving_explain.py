@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.checkpoints.load import tiny_folder
 from helpers.errors import HelpersError
 from helpers.serving.command import Job
-from helpers.serving.explain import CAUSES, explain, is_known, last_words
+from helpers.serving.explain import CAUSES, explain, is_known, last_words, sizes
 
 CPU = Job("qwen-7b", "hub", "fp32", "cpu", Path("native/qwen-7b"), {"dtype": "float32"})
 GPU = Job("qwen-7b", "hub", "bf16", "cuda:0", Path("native/qwen-7b"), {"dtype": "bfloat16"})
@@ -133,6 +134,18 @@ def test_an_unknown_end_quotes_the_error_that_came_first():
     assert not is_known("INFO 11-26 09:20:11 [core.py:1] Starting to load model\nLoading weights")
     killed = str(explain("loading", GPU, "it was killed by signal 9"))
     assert "when RAM runs out; the weights take 14.38 GiB" in killed
+
+
+def test_sizes_are_of_what_is_served(tmp_path):
+    assert sizes(GPU) == (pytest.approx(14.38, abs=0.01), 512)
+    assert sizes(CPU) == (pytest.approx(28.76, abs=0.01), 1024)
+    halved = Job("qwen-7b", "hub", "bf16", "cuda:0", Path("x"), {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e4m3"})
+    assert sizes(halved)[1] == 256
+    tiny = Job("qwen-7b", "tiny", "fp32", "cpu", Path("x"), {"dtype": "float32"})
+    assert sizes(tiny)[1] < 4
+    (tmp_path / "config.json").write_text((tiny_folder("qwen-7b") / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**20))
+    assert sizes(Job("qwen-7b", str(tmp_path), "as saved", "cpu", tmp_path, {}))[0] == 1 / 1024
 
 
 @cache

@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING
 
 from .. import catalog
 from ..checkpoints.hub import cache_folder
-from ..checkpoints.load import TINY, check_names, pick_device, pick_dtype
+from ..checkpoints.load import check_names, pick_device, pick_dtype, tiny_folder
+from ..checkpoints.quantized import quantized_by
 from ..errors import HelpersError
 from ..report.table import Table
-from .parts import Setting, memory
-from .shapes import Sized
-from .speed import kv_values_per_token
+from .parts import GIB, Setting, memory
+from .shapes import Sized, from_config
 
 if TYPE_CHECKING:
     from ..catalog import Model
 
-GIB = 2**30
-MARGIN = 1.10
-"""The estimate's allowance for what it does not count: activations, the allocator's rounding, libraries."""
+RUNTIME_RAM = {"cuda": 2 * GIB, "cpu": GIB // 2}
+"""RAM of Python with PyTorch and transformers beside the model; on a GPU with the CUDA libraries and a context.
 
-RUNTIME_RAM = 2 * GIB
-"""RAM of Python with PyTorch, its CUDA libraries and a CUDA context, beside the model."""
+On a CPU the stand-ins' runs took this much. What the C library keeps of freed blocks is not counted: it was a GiB where
+a small model's matrices (of less than 32 MiB, larger ones go back at once) were quantised one after another."""
 
 LARGEST_SHARD = 10 * 10**9
 """Largest file of a published checkpoint where the catalogue does not say: transformers' limit when they were saved."""
@@ -86,27 +85,6 @@ class Preflight:
         return self.table()._repr_html_()
 
 
-@dataclass(frozen=True)
-class Size:
-    """What the estimate needs to know of a model.
-
-    Attributes:
-        parameters: all of them.
-        linear: those that int8 and nf4 quantise; embeddings, output layer and norms stay as they are.
-        kv_per_token: elements that one token adds to the KV cache.
-        files: bytes of the checkpoint's weight files.
-        shard: bytes of the largest of them.
-        state: bytes of the state that an RNN keeps of one sequence.
-    """
-
-    parameters: int
-    linear: int
-    kv_per_token: int
-    files: int
-    shard: int
-    state: int = 0
-
-
 def preflight(
     model: str,
     weights: str = "tiny",
@@ -134,23 +112,24 @@ def preflight(
     row = catalog.model(model)
     check_names(weights, precision)
     device = pick_device(device)
+    on_cpu = device == "cpu"
     element = pick_dtype(precision, row.dtype, device).itemsize
-    size = model_size(row, weights)
-    vram, ram, on_cpu = free_vram(device), free_ram(), device == "cpu"
+    about, saved = sized_weights(row, weights), saved_bytes(row, weights)
+    files, largest = file_sizes(row, weights)
+    vram, ram, runtime = free_vram(device), free_ram(), RUNTIME_RAM["cpu" if on_cpu else "cuda"]
 
     def needed(precision: str = precision, batch: int = batch, tokens: int = tokens) -> float:
-        if on_cpu or weights not in ("random", "hub"):
-            return estimate(size, precision, element, batch, tokens)
-        return vram_need(row, precision, element, batch, tokens)
+        kind = {4: "fp32", 2: row.dtype}[element] if precision == "auto" else precision
+        run = Setting(kind, "transformers", "default", batch, tokens, tokens, element, cuda=not on_cpu)
+        parts = [part for part in memory(about, run)[0] if not (saved and part.name.startswith("weights"))]
+        return (saved or 0) + sum(part.bytes for part in parts) + (runtime if on_cpu else 0)
 
-    total = needed()
-    disk = disk_need(row, weights, size)
-    shard = 0 if weights == "random" else size.shard
+    disk, shard = disk_need(row, weights, files), 0 if weights == "random" else largest
     result = Preflight(
         f"{model}, weights {weights}, precision {precision}, {device}, batch {batch}, {tokens} tokens",
         (
-            Need("VRAM", 0 if on_cpu else total, vram),
-            Need("system RAM", total if on_cpu else RUNTIME_RAM, ram),
+            Need("VRAM", 0 if on_cpu else needed(), vram),
+            Need("system RAM", needed() if on_cpu else runtime, ram),
             Need("largest shard", shard, ram if shard else None),
             Need("disk", disk, free_disk() if disk else None),
         ),
@@ -165,67 +144,44 @@ def preflight(
     return result
 
 
-def estimate(size: Size, precision: str, element: int, batch: int, tokens: int) -> float:
-    """Estimate the bytes of a running model in RAM, or of a folder: weights, KV cache or state, 10 % for the rest.
-
-    A linear layer's weight takes 1 byte in int8 and 0.5 in nf4, which adds an absmax of 4 bytes to every 64 weights
-    (bitsandbytes without double quantisation); all other weights, and the KV cache, take ``element`` bytes.
-    """
-    per_linear = {"int8": 1.0, "nf4": 0.5 + 4 / 64}.get(precision, element)
-    weights = size.linear * per_linear + (size.parameters - size.linear) * element
-    return MARGIN * (weights + batch * (tokens * size.kv_per_token * element + size.state))
+def sized_weights(row: Model, weights: str) -> Sized:
+    """Return the shape of what ``weights`` names: the catalogue's, or that of a stand-in's or a reader's own folder."""
+    return Sized.of(row) if weights in ("random", "hub") else from_config(_folder(row, weights))
 
 
-def vram_need(row: Model, precision: str, element: int, batch: int, tokens: int) -> float:
-    """Return the bytes that a full-size model takes of a card, as ``helpers.estimate`` counts them.
+def file_sizes(row: Model, weights: str) -> tuple[int, int]:
+    """Return the bytes of all weight files of ``weights``, and of the largest; no tensor is touched."""
+    from ..native.convert import weight_files
 
-    All tokens may be the prompt's. What is free on the card is asked with a CUDA context open, and the context counts
-    here once more: half a GiB of reserve.
-    """
-    name = {4: "fp32", 2: row.dtype}[element] if precision == "auto" else precision
-    run = Setting(name, "transformers", "default", batch, tokens, tokens, element)
-    return sum(part.bytes for part in memory(Sized.of(row), run)[0])
-
-
-def model_size(row: Model, weights: str) -> Size:
-    """Take the sizes from the catalogue; for the stand-in (or a reader's own folder), from its files and config."""
     if weights in ("random", "hub"):
-        return Size(
-            parameters=row.parameters,
-            linear=row.shape.matrices(),
-            kv_per_token=row.shape.kv_values_per_token(),
-            state=4 * row.shape.state_values(),  # in fp32
-            files=row.weight_bytes,
-            shard=row.largest_file or min(row.weight_bytes, LARGEST_SHARD),
-        )
-    return _size_of_folder(TINY / (row.stand_in or row.id) if weights == "tiny" else Path(weights))
+        return row.weight_bytes, row.largest_file or min(row.weight_bytes, LARGEST_SHARD)
+    sizes = [file.stat().st_size for file in weight_files(_folder(row, weights))]
+    return sum(sizes), max(sizes)
 
 
-def _size_of_folder(folder: Path) -> Size:
-    """Read config.json and the sizes of the files; no tensor is touched."""
-    from ..native.convert import native_config, read_config, weight_files
+def saved_bytes(row: Model, weights: str) -> int | None:
+    """Return the bytes of weights that were quantised before they were saved, which stay as they are; else None.
 
-    base = folder / "base" if (folder / "base").is_dir() else folder  # a LoRA lies beside its base
-    sizes = [file.stat().st_size for file in weight_files(base)]
-    config = native_config(read_config(base))
-    parameters = sum(sizes) // 2  # published in 16 bit
-    return Size(
-        parameters=parameters,
-        linear=parameters - 2 * config.vocab_size * config.hidden_size,
-        kv_per_token=kv_values_per_token(config),
-        files=sum(sizes),
-        shard=max(sizes),
-    )
+    Those of compressed-tensors do not: transformers unpacks them at their first use.
+    """
+    if weights in ("tiny", "random", "hub") or quantized_by(_folder(row, weights)) in (None, "compressed-tensors"):
+        return None
+    return file_sizes(row, weights)[0]
 
 
-def disk_need(row: Model, weights: str, size: Size) -> int:
+def _folder(row: Model, weights: str) -> Path:
+    folder = tiny_folder(row.id) if weights == "tiny" else Path(weights)
+    return folder / "base" if (folder / "base").is_dir() else folder  # a LoRA lies beside its base
+
+
+def disk_need(row: Model, weights: str, files: int) -> int:
     """Return the bytes that loading will write: the download, and the converted copy that is kept beside it."""
     kinds = {"tiny": "tiny", "hub": "hub"}
     done = weights in kinds and (cache_folder() / "native" / kinds[weights] / row.id).is_dir()
     if weights == "random" or done:
         return 0
-    download = size.files if weights == "hub" else 0
-    converted = 0 if row.native_config else size.files
+    download = files if weights == "hub" else 0
+    converted = 0 if row.native_config else files
     return download + converted
 
 
@@ -263,7 +219,7 @@ def _what_to_lower(tight: Need, precision: str, needed: Callable[..., float]) ->
         return "free some space, or set LLM_DEPLOY_CACHE to a folder on a larger disk"
     if tight.what == "largest shard":
         return "take a machine with more RAM, or weights='random' to see memory and speed without a checkpoint"
-    if tight.need == RUNTIME_RAM:
+    if tight.need in RUNTIME_RAM.values():
         return "close other programs, or restart other notebooks' kernels"
     for smaller in ("int8", "nf4"):
         if precision not in ("int8", "nf4") or (precision, smaller) == ("int8", "nf4"):

@@ -74,13 +74,16 @@ def last_words(log: str) -> str:
 
 
 def sizes(job: Job) -> tuple[float, float]:
-    """Return GiB of the weights and KiB that a token adds to the KV cache, estimated from the catalogue."""
-    from ..memory.preflight import GIB, MARGIN, estimate, model_size
+    """Return GiB of the weights and KiB that a token adds to the KV cache, counted from shapes (or files)."""
+    from ..memory.parts import GIB, weight_bytes
+    from ..memory.preflight import file_sizes, sized_weights
 
-    row = catalog.model(job.model)
-    size = model_size(row, job.weights if job.weights in ("tiny", "random", "hub") else "hub")
-    element = 4 if job.options.get("dtype") == "float32" else 2
-    return estimate(size, job.precision, element, 0, 0) / MARGIN / GIB, size.kv_per_token * element / 1024
+    row, element = catalog.model(job.model), 4 if job.options.get("dtype") == "float32" else 2
+    about = sized_weights(row, job.weights)
+    quantised = job.precision == "as saved"
+    weights = file_sizes(row, job.weights)[0] if quantised else weight_bytes(about, job.precision, element=element)
+    kept = 1 if str(job.options.get("kv_cache_dtype", "auto")).startswith("fp8") else element
+    return weights / GIB, about.shape.kv_values_per_token() * kept / 1024
 
 
 def _need(job: Job) -> str:
