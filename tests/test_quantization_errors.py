@@ -9,7 +9,7 @@ import torch
 
 from helpers import HelpersError, load
 from helpers.checkpoints.load import native_folder
-from helpers.quantization import awq, bitsandbytes, folder, fp8, gptq, poems, rtn, w8a8
+from helpers.quantization import awq, bitsandbytes, folder, fp8, gptq, poems, rtn, w8a8, with_gptqmodel
 
 WAYS = {"bitsandbytes": bitsandbytes, "gptq": gptq, "w8a8": w8a8, "fp8": fp8}
 
@@ -143,8 +143,10 @@ def test_random_weights_are_written_by_shards_and_quantised(tmp_path, monkeypatc
 
     small = AutoConfig.from_pretrained(native_folder("qwen-7b"))
     monkeypatch.setattr(random, "full_config", lambda row: small)
-    monkeypatch.setattr(folder, "SHARD", 500_000)
+    for module in (folder, random, with_gptqmodel):
+        monkeypatch.setattr(module, "SHARD", 500_000)
     out = gptq("qwen-7b", tmp_path / "out", weights="random", samples=4)
+    assert len(list(out.glob("*.safetensors"))) > 1
     model, tokenizer = load("qwen-7b", out)
     with torch.inference_mode():
         assert model(**tokenizer("床前", return_tensors="pt")).logits.isfinite().all()

@@ -1,7 +1,8 @@
-"""The only place where facts live: models, GPUs, frameworks, and what was measured. Imports no torch."""
+"""The only place where facts live: models, GPUs, machines, frameworks, and what was measured. Imports no torch."""
 
 from .frameworks import framework, frameworks
 from .gpus import gpu, gpus
+from .machines import machine
 from .measured import MeasuredRow, measured, recorded
 from .models import Model, model, models
 
@@ -12,6 +13,7 @@ __all__ = [
     "frameworks",
     "gpu",
     "gpus",
+    "machine",
     "measured",
     "model",
     "models",

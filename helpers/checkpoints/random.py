@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from ..catalog import Model
 
-SHARD = 5 * 10**9
-"""Largest weight file written, in bytes: what has to fit into RAM at once when a model is read."""
+SHARD = 2 * 10**9
+"""Largest weight file written, in bytes: what has to fit into RAM at once where a file is read whole (free Colab)."""
 
 GROUP = 128
 """Weights that share a scale in the formats below: what published 4-bit checkpoints mostly have."""

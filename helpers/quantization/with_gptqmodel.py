@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from ..checkpoints.quantized import quiet
+from ..checkpoints.random import SHARD
 from ..errors import HelpersError, unknown
 from .calibration import Text, calibrate
 from .folder import Job, quantizing
@@ -145,7 +146,7 @@ def _run(
             model.quantize(rows, batch_size=8, backend=backend)
             if dtype != job.dtype:
                 _to_published(model.model, job.dtype)
-            model.save(str(job.folder), max_shard_size="5GB")
+            model.save(str(job.folder), max_shard_size=SHARD)
     finally:
         bar.close()
         shutil.rmtree(logs, ignore_errors=True)
