@@ -122,7 +122,7 @@ def recorded(model: str) -> DataFrame:
         "prefill_speed": "prefill (tokens/s)",
         "decode_speed": "decode (tokens/s)",
     }
-    rows = measured(model=model, weights=["random", "hub"], name=list(figures))
+    rows = measured(model=model, weights=["random", "hub"], name=list(figures), parallel=None)
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(getattr(row, field) for field in setting)

@@ -43,6 +43,13 @@ CUBLAS = {True: 32 * MIB, False: 8.125 * MIB}
 QUANTISED_WHILE_LOADING = ("int8", "nf4", "nf4-double")
 """By bitsandbytes: one matrix after the other is there both as it was and packed."""
 
+RWKV_STATES = {4: (14, 100), 5: (18, 145), 6: (18, 145), 7: (34, 101)}
+"""Hidden states of 16 bit alive while RWKV reads a prompt: of each token, and more of each of ``RWKV_SEGMENT`` tokens,
+whose chunks helpers/native/own/rwkv.py prepares together. From allocated_peak at 128 and 1,984 tokens; version 5, which
+is not recorded, as 6."""
+
+RWKV_SEGMENT = 256
+
 FORMULA, ROWS = "from the shape", "fitted on recorded rows"
 UTILISATION = 0.92
 """Share of a card that vLLM reserves unless told otherwise (gpu_memory_utilization)."""
@@ -176,9 +183,13 @@ def activations(about: Sized, run: Setting, tokens: int, hidden_states: int = 4)
 
     Of hidden states there are the embeddings, the layer's input, the residual and the MLP's input; vLLM keeps three.
     Beside them lie gate (GLM: gate and up), its activation and their product. Attention holds less with kernels that
-    write no scores: ten hidden states, ALiBi's columns included, against twelve.
+    write no scores: ten hidden states, ALiBi's columns included, against twelve. RWKV holds most in its time mixing.
     """
-    inner = {"rwkv": 2}.get(about.shape.kind, 4 if about.fused else 3)
+    if about.shape.kind == "rwkv":
+        each, chunked = RWKV_STATES[about.shape.version]
+        together = min(tokens, run.batch * RWKV_SEGMENT)
+        return run.element * about.shape.hidden_size * (tokens * each + together * chunked)
+    inner = 4 if about.fused else 3
     inner = 2 if getattr(about.shape, "mlp", "") == "plain" else inner
     return tokens * run.element * (hidden_states * about.shape.hidden_size + inner * about.shape.ffn_size)
 

@@ -335,7 +335,7 @@ STAND_INS = {
             pieces=CHATGLM1_PIECES,
             small=CHATGLM1_IDS,
             extra={"tokenizer_config.json": CHATGLM1_TOKENIZER},
-            disturbed=0.75,
+            disturbed=0.6,
             held_out_ppl=HARDER,
         ),
         StandIn("qwen3-8b", "qwen3", **QWEN3),
