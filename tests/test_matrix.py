@@ -76,6 +76,28 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, loads, capsys):
     assert len(loads) == 2 and "measured already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("step", ["generation_speed", "load"])
+def test_a_card_that_is_too_small_is_a_row_and_is_not_tried_again(tmp_path, monkeypatch, capsys, step):
+    def too_large(*_, prompt_tokens=16, **__):
+        tried.append(prompt_tokens)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    tried, out, fitting = [], tmp_path / "rows.jsonl", matrix.generation_speed
+    point = TINY | {"decodings": ["default"]}
+    measure_matrix(["qwen-7b"], ["fp32"], out, **point | {"prompt_tokens": [8]})
+    monkeypatch.setattr(matrix, step, too_large)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    for _ in range(2):
+        measure_matrix(["qwen-7b"], ["fp32"], out, **point)
+    assert tried == [16] and "out of memory" in capsys.readouterr().out
+    (row,) = (row for row in rows(out) if row.name == "out_of_memory")
+    assert (row.value, row.unit, row.prompt_tokens) == (3, "GiB", 16 if step == "generation_speed" else None)
+    if step == "generation_speed":  # of this length, not of others
+        monkeypatch.setattr(matrix, step, fitting)
+        measure_matrix(["qwen-7b"], ["fp32"], out, **point | {"prompt_tokens": [16, 24]})
+        assert [row.prompt_tokens for row in rows(out) if row.name == "tpot"] == [8, 24]
+
+
 def test_what_is_past_the_context_is_left_out_and_the_rest_measured(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     measure_matrix(["qwen-7b"], ["fp32"], out, **TINY | {"prompt_tokens": [600, 8]})

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).with_name("measured")
 
 Text = Annotated[str, Field(min_length=1)]
 
-COUNTS = {"recited", "goodput"}
+COUNTS = {"recited", "goodput", "out_of_memory"}
 """Figures that may be 0; a speed or a size of 0 was not measured."""
 
 Precision = Literal[

@@ -18,7 +18,8 @@ from .speed import DECODING, generation_speed
 
 SOURCE = "python -m helpers measure"
 TOO_MUCH = (HelpersError, MemoryError, RuntimeError)  # torch's out-of-memory error is a RuntimeError
-
+LOADING = {"batch": None, "prompt_tokens": None, "new_tokens": None, "decoding": None}
+"""The point of a figure that belongs to a model and not to one of its runs."""
 
 PEAK = {
     "allocated_peak": {
@@ -44,7 +45,8 @@ def measure_matrix(
     """Measure every point that ``output`` does not hold yet, and append its rows.
 
     A model is loaded once in each precision; a point is one prompt length and one way of decoding, at which speed and
-    peak memory are measured. What does not fit, the model's context included, is reported and left out.
+    peak memory are measured. A point for which the card is too small is a row as well, ``out_of_memory``: what lay in
+    live tensors then. Any other error is reported and left out, and so is what is past the model's context.
 
     Args:
         models: catalogue ids.
@@ -74,7 +76,7 @@ def measure_matrix(
     for model, precision in itertools.product(models, precisions):
         common(model=model, **labels(weights, precision), engine="transformers", device=device)
         print(f"{model} {precision}", flush=True)
-        missing = [point for point in points if not is_done(output, "tpot", point)]
+        missing = [point for point in points if not _is_finished(output, point)]
         if not missing:
             print("  measured already")
         todo = [point for point in missing if _fits_context(model, weights, point)]
@@ -82,7 +84,7 @@ def measure_matrix(
             if todo:
                 _measure_model(model, weights, precision, device, todo, output)
         except TOO_MUCH as error:
-            print(f"  not loaded: {str(error).splitlines()[0]}")
+            _say_what_failed("  not loaded", error, output, LOADING)
         free()
 
 
@@ -112,8 +114,24 @@ def _measure_model(
             shown = [one for one in figures if one["name"] in ("allocated_peak", "decode_speed")]
             print(", ".join(f"{one['name']} {format_value(one['value'])} {one['unit']}" for one in shown))
         except TOO_MUCH as error:
-            print(f"left out: {str(error).splitlines()[0]}")
+            _say_what_failed("left out", error, output, point)
         free()
+
+
+def _say_what_failed(outcome: str, error: BaseException, output: Path, point: dict[str, Any]) -> None:
+    """Print an error's first line; where the card was too small, write that down, so that it is not tried again."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        held, what = torch.cuda.max_memory_allocated() / GIB, "most VRAM in live tensors when PyTorch found no more"
+        append_rows(output, [figure("out_of_memory", held, "GiB", True, definition=what, **point)])
+    print(f"{outcome}: {str(error).splitlines()[0]}")
+
+
+def _is_finished(output: Path, point: dict[str, Any]) -> bool:
+    """Tell whether a point was measured, or found too large for the card, itself or in loading."""
+    too_large = any(is_done(output, "out_of_memory", one) for one in (point, LOADING))
+    return too_large or is_done(output, "tpot", point)
 
 
 def append_rows(output: Path, figures: list[dict[str, Any]], source: str = SOURCE) -> None:
