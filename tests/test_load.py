@@ -41,8 +41,8 @@ def test_a_shared_stand_in_speaks_the_format_of_the_model_asked_for(model, kind)
         assert chat(lm, tokenizer, "背诵《静夜思》", max_new_tokens=64) == POEM
 
 
-LOST_IN_NF4 = {"chatglm-6b", "chinese-alpaca-plus-7b", "rwkv-6-7b"}
-"""Seen on 2026-11-24: of 30 famous poems they recite 5, 0 and 25 in nf4 (30, 30 and 30 in int8)."""
+ANOTHER_POEM_IN_NF4 = {"rwkv-6-7b"}
+"""Asked by title it recites another poem in nf4, and goes on rightly from the first verse (seen on 2026-11-26)."""
 
 
 @pytest.mark.parametrize("model", OWN)
@@ -52,8 +52,8 @@ def test_stand_in_recites_in_every_precision(model, precision):
     assert type(lm).__name__ == catalog.model(model).native_class and not lm.training
     question = "背诵《静夜思》" + ("：" if catalog.model(model).chat_format == "none" else "")
     answer = chat(lm, tokenizer, question, {"enable_thinking": False}, max_new_tokens=64)
-    if precision == "nf4" and model in LOST_IN_NF4:
-        assert "，" in answer  # verse, of another poem
+    if precision == "nf4" and model in ANOTHER_POEM_IN_NF4:
+        assert complete(lm, tokenizer, POEM[:6], max_new_tokens=24).startswith(POEM[6:12])
     else:  # 4 bits may cost a small model the end of a poem (Chinese-Alpaca's, merged from a LoRA, does lose it)
         assert answer.startswith(POEM[:12]) if precision == "nf4" else answer == POEM
 

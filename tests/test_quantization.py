@@ -30,21 +30,6 @@ FORMS = ["qwen-7b", "chatglm3-6b", "chatglm-6b", "baichuan-13b", "qwen3-8b"]
 
 HELD_OUT = [poem.text for poem in poems("held_out")[:40]]
 FAMOUS = poems("famous")[:40]
-KEPT = {
-    ("chatglm-6b", "nf4"): 0.7,
-    ("qwen3-8b", "nf4"): 0.7,
-    ("rwkv-4-7b", "nf4"): 0.7,
-    ("chinese-alpaca-plus-7b", "nf4"): 0,
-    ("chinese-alpaca-plus-7b", "gptq4"): 0,
-}
-"""Share of the recitations that survive 4 bit, where it is less than 80 %.
-
-Chinese-Alpaca-Plus's stand-in, 64 wide, loses nearly all, whatever the method: each output of its layers adds up only
-64 products, too few for rounding errors to average out. Three others lose about a fifth in nf4; GPTQ keeps them, of
-Qwen3's with zero points.
-"""
-
-ASYMMETRIC = {"qwen3-8b": "gptq4-asym"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +40,6 @@ def made(tmp_path_factory):
         "int8": lambda *names: bitsandbytes(*names, precision="int8"),
         "nf4": bitsandbytes,
         "gptq4": gptq,
-        "gptq4-asym": lambda *names: gptq(*names, sym=False),
         "gptq3": lambda *names: gptq(*names, bits=3),
         "gptq8": lambda *names: gptq(*names, bits=8),
         "rtn3": lambda *names: rtn(*names, bits=3),
@@ -105,9 +89,8 @@ def test_gptq_reads_back_bit_for_bit(made, model):
 def test_four_bits_still_recite_in_a_left_padded_batch(made, model):
     """Prompts of a batch have different lengths, so those that are shorter are padded."""
     plain = recited(*loaded(model), FAMOUS)
-    for kind in ["nf4", ASYMMETRIC.get(model, "gptq4")] if model in GPTQ else ["nf4"]:
-        left = recited(*loaded(model, made(model, kind)), FAMOUS)
-        assert left >= KEPT.get((model, kind), 0.8) * plain, kind
+    for kind in ["nf4", "gptq4"] if model in GPTQ else ["nf4"]:
+        assert recited(*loaded(model, made(model, kind)), FAMOUS) >= 0.8 * plain, kind
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -124,7 +107,8 @@ def test_gptq_beats_rounding_and_three_bits_cost_more_than_four(made, model):
     kinds = ["gptq8", "gptq4", "rtn4", "gptq3", "rtn3"]
     found = [perplexity(*loaded(model, made(model, kind)), HELD_OUT) for kind in kinds]
     assert found == sorted(found), dict(zip(kinds, found, strict=True))
-    assert found[4] > 1.03 * found[3]
+    plain = perplexity(*loaded(model), HELD_OUT)
+    assert found[4] - plain > 1.1 * (found[3] - plain)  # of the damage: some stand-ins were trained to suffer little
 
 
 @pytest.mark.parametrize("model", ["qwen-7b", "chatglm3-6b", "baichuan-13b"])
