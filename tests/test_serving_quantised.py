@@ -1,4 +1,4 @@
-"""Notebook 23: its table of kernels against the installed vLLM, and its picture with made-up rows of any precisions."""
+"""Notebook 23: its kernels against the installed vLLM, and recorded rows laid out and drawn, of any precisions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from helpers import catalog
+from helpers.serving import recorded
 
 BOOK = Path(__file__).parents[1] / "notebooks" / "23_quantised_serving.ipynb"
 
@@ -92,14 +93,45 @@ ROWS = [
     row("gptq-int4", "decode_speed", 1.0, 1, tokens=2048),
     row("gptq-int4", "decode_speed", 2.0, 1, parallel="tp2"),
     row("gptq-int4", "decode_speed", 3.0, 1, weights="tiny"),
+    row("gptq-int4", "decode_speed", 4.0, 1, requests_per_s=16.0),
+    row("gptq-int4", "marlin_decode_speed", 300.0, 1),
+    row("gptq-int4", "marlin_decode_speed", 900.0, 32),
+    row("gptq-int4", "marlin_head_kv_tokens", 136448),
+    row("gptq-int4", "marlin_ttft", 0.1, 1),
+    row("fp32", "decode_speed", 5.0, 1),
 ]
 
 
-def test_recorded_rows_of_one_card_at_one_length(sources):
-    found = run(sources, "recorded", catalog=measured(ROWS)).recorded("qwen-7b")["a card"]
-    assert list(found) == ["16 bit", "fp8", "gptq-int4", "nf4"]
+def test_recorded_rows_of_one_card_at_one_length(monkeypatch):
+    monkeypatch.setattr(recorded, "catalog", measured(ROWS))
+    found = recorded.recorded_engines("qwen-7b")["a card"]
+    assert list(found) == [
+        "16 bit",
+        "fp8",
+        "gptq-int4",
+        "gptq-int4, Marlin",
+        "gptq-int4, Marlin, output layer too",
+        "nf4",
+    ]
     assert found["gptq-int4"] == {"weights": 5.3, "kernel": "Method with Kernel", 1: 250.0, 256: 7200.0}
-    assert run(sources, "recorded", catalog=measured([])).recorded("qwen-7b") == {}
+    assert found["gptq-int4, Marlin"] == {1: 300.0, 32: 900.0}
+    assert found["gptq-int4, Marlin, output layer too"] == {"kv_tokens": 136448}
+    monkeypatch.setattr(recorded, "catalog", measured([]))
+    assert recorded.recorded_engines("qwen-7b") == {}
+
+
+def test_gains_are_those_of_batches_measured_in_16_bit_too(monkeypatch):
+    monkeypatch.setattr(recorded, "catalog", measured(ROWS))
+    gains = recorded.recorded_gains("qwen-7b")
+    assert gains["a card", "gptq-int4"] == {1: 2.5, 256: 0.9}
+    assert gains["a card", "gptq-int4, Marlin"] == {1: 3.0}  # nothing in 16 bit at 32
+    assert gains["a card", "nf4"] == {} and ("a card", "16 bit") not in gains
+
+
+def test_every_recorded_figure_of_an_engine_is_of_a_known_variant():
+    lists = ["weights", "kv_tokens", "decode_speed"]
+    names = {row.name for row in catalog.measured(engine="vllm") if row.name.endswith(tuple(lists))}
+    assert {name for name in names if not recorded.FIGURE.fullmatch(name)} == set()
 
 
 @pytest.mark.parametrize(
@@ -112,13 +144,14 @@ def test_recorded_rows_of_one_card_at_one_length(sources):
     ],
     ids=["two", "a gap", "no 16 bit", "16 bit alone"],
 )
-def test_picture_takes_any_precisions(sources, kinds, told):
+def test_picture_takes_any_precisions(sources, kinds, told, monkeypatch):
     import matplotlib.pyplot as plt
 
-    rows = [one for one in ROWS if one.precision in kinds]
-    names = vars(run(sources, "recorded", catalog=measured(rows)))
+    rows = [one for one in ROWS if one.precision in kinds and not one.name.startswith("marlin")]
+    monkeypatch.setattr(recorded, "catalog", measured(rows))
+    names = {"plt": plt, "model": "qwen-7b", "BATCHES": (1, 8, 32, 256)} | vars(recorded)
     shown = []
-    names |= {"plt": plt, "model": "qwen-7b"} | vars(run(sources, "picture", **names | {"plt": plt}))
+    names |= vars(run(sources, "picture", **names))
     (cell,) = [source for source in sources if "by_device = " in source]
     cell = cell.replace("from helpers import show, style", "")
     exec(cell, names | {"style": lambda: None, "show": lambda figure, alt: shown.append((figure, alt))})

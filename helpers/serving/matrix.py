@@ -64,7 +64,8 @@ def measure_engines(
         batches, prompt_tokens: prompts at once, and tokens of each; one or several.
         new_tokens: of each answer.
         prefix: put before the name of every figure, ``<prefix>_``: for a variant that no field of a row tells, such as
-            another kernel (``marlin``, with VLLM_DISABLED_KERNELS=MacheteLinearKernel in the environment).
+            another kernel (``marlin``, with VLLM_DISABLED_KERNELS=MacheteLinearKernel in the environment). ``VARIANTS``
+            of recorded.py has those that are laid out.
         options: vLLM's engine arguments.
 
     Raises:
