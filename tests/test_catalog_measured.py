@@ -51,7 +51,8 @@ OPTIONAL = ("requests_per_s", "parallel")
 
 
 def test_the_folder_of_the_series_is_read():
-    assert measured() == read_measured(FOLDER)
+    rows = read_measured(FOLDER)
+    assert measured() == [row for row in rows if row.parallel is None] and len(measured()) < len(rows)
 
 
 def test_rows_come_back_as_written(tmp_path):
@@ -68,6 +69,8 @@ def test_filters_take_a_value_or_several(tmp_path, monkeypatch):
     assert len(measured()) == 4
     assert [row.precision for row in measured(model="qwen-7b", precision=["bf16", "nf4"])] == ["bf16", "nf4"]
     assert measured(model=None) == [rows[3]]
+    rows.append(rows[0].model_copy(update={"parallel": "tp2"}))
+    assert len(measured()) == 4 and measured(parallel="tp2") == rows[4:] and measured(parallel=[None, "tp2"]) == rows
     with pytest.raises(HelpersError, match=r"unknown field of a measured row 'precison'.*Did you mean precision"):
         measured(precison="bf16")
 

@@ -67,7 +67,7 @@ def predicted(row):
 
 def errors(name, precisions, decoding="default", engine="transformers", but=None):
     """Return {(model, precision, notebook, lengths): relative error}; skip where nothing is recorded but on a day."""
-    about = {"name": name, "weights": ["random", "hub"], "engine": engine, "precision": precisions, "parallel": None}
+    about = {"name": name, "weights": ["random", "hub"], "engine": engine, "precision": precisions}
     if name not in ("weights", "load_allocated_peak"):
         about["decoding"] = decoding
     rows = [row for row in catalog.measured(**about) if find_gpu(row.device) and row.date.isoformat() != but]
@@ -160,7 +160,7 @@ def test_prefill_speed_of_long_prompts_within_a_quarter():
 
 
 def test_kv_tokens_of_vllm_within_three_percent():
-    rows = catalog.measured(name="kv_tokens", engine="vllm", weights="random", parallel=None)
+    rows = catalog.measured(name="kv_tokens", engine="vllm", weights="random")
     found = {}
     for row in rows:
         card = find_gpu(row.device).id
@@ -173,9 +173,7 @@ def test_more_requests_fit_with_two_key_value_heads_as_predicted():
     """ChatGLM3's tokens take 28 KiB, Qwen-7B's 512: the ratio of what fits, predicted and measured."""
     said, real = ({}, {})
     for model in ("chatglm3-6b", "qwen-7b"):
-        (row,) = catalog.measured(
-            name="kv_tokens", model=model, engine="vllm", precision=["fp16", "bf16"], parallel=None
-        )
+        (row,) = catalog.measured(name="kv_tokens", model=model, engine="vllm", precision=["fp16", "bf16"])
         real[model] = row.value
         said[model] = estimate(model, "auto", "vllm", gpu=find_gpu(row.device).id, context=256).kv_tokens
     ratio = said["chatglm3-6b"] / said["qwen-7b"]
@@ -312,7 +310,7 @@ def test_an_fp8_cache_of_vllm_is_half_as_large():
 @pytest.mark.parametrize("precision", ["fp8", "w8a8"])
 def test_prefill_in_8_bit_is_nearer_at_its_own_rate(precision):
     """From 32 prompts on: with fewer, vLLM's own time for a call counts, of which nothing is predicted."""
-    rows = catalog.measured(name="ttft", engine="vllm", precision=precision, batch=[32, 256], parallel=None)
+    rows = catalog.measured(name="ttft", engine="vllm", precision=precision, batch=[32, 256])
     assert len(rows) >= 2
     for row in rows:
         card, read = find_gpu(row.device).id, row.batch * row.prompt_tokens / row.value

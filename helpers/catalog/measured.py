@@ -88,9 +88,11 @@ class MeasuredRow(Fact):
 def measured(**filters: Any) -> list[MeasuredRow]:
     """Return the measured rows that agree with every filter; of a figure measured again, the newest.
 
+    What several devices did together is given only where ``parallel`` is named: beside one device's it would mislead.
+
     Args:
         filters: fields of a row and the wanted value, or a list of wanted values:
-            ``measured(model="chatglm3-6b", precision=["bf16", "nf4"])``.
+            ``measured(model="chatglm3-6b", precision=["bf16", "nf4"])``, ``measured(parallel=[None, "tp2"])``.
 
     Raises:
         HelpersError: no such field, or a bad line, naming file and line.
@@ -98,6 +100,7 @@ def measured(**filters: Any) -> list[MeasuredRow]:
     for field in filters:
         if field not in MeasuredRow.model_fields:
             raise unknown("field of a measured row", field, list(MeasuredRow.model_fields))
+    filters.setdefault("parallel", None)
     return [row for row in _catalogue() if all(_agrees(getattr(row, key), want) for key, want in filters.items())]
 
 
@@ -122,7 +125,7 @@ def recorded(model: str) -> DataFrame:
         "prefill_speed": "prefill (tokens/s)",
         "decode_speed": "decode (tokens/s)",
     }
-    rows = measured(model=model, weights=["random", "hub"], name=list(figures), parallel=None)
+    rows = measured(model=model, weights=["random", "hub"], name=list(figures))
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(getattr(row, field) for field in setting)

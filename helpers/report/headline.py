@@ -28,7 +28,7 @@ def headline(device: str = DEVICE) -> str:
     Args:
         device: as rows name it.
     """
-    rows = catalog.measured(device=device, weights="random", precision=["fp16", "bf16"], parallel=None)
+    rows = catalog.measured(device=device, weights="random", precision=["fp16", "bf16"])
     lines = [
         "| model | weights | peak at 192 | 2,048 | 8,192 tokens "
         "| generate | FastDecoder | compiled | vLLM | vLLM, 256 at once |",

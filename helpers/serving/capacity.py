@@ -326,7 +326,7 @@ def engine_on(
 
     def recorded(name: str, **lengths: int) -> dict[int | None, float]:
         about = {"name": name, "model": model, "precision": precision, "weights": ["random", "hub"], "engine": "vllm"}
-        rows = catalog.measured(**about, parallel=[None], requests_per_s=[None], **lengths)
+        rows = catalog.measured(**about, requests_per_s=None, **lengths)
         return {row.batch: row.value for row in rows if (card := find_gpu(row.device)) and card.id == gpu}
 
     alone, tpot, ttft = run(1), recorded("tpot", **RECORDED), recorded("ttft", **RECORDED)
