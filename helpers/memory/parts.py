@@ -31,7 +31,7 @@ FITTED = {
     "left by loading nf4": 2.0,  # the same; six rows: 0.9 of Llama's shape, 2.7 of GLM's fused matrix; the middle
 }
 ASSUMED = {
-    "vLLM outside its budget": 0.31 * GIB,  # CUDA context, libraries; from one Llama-2-7B run of vLLM 0.26, no row yet
+    "vLLM outside its budget": 0.31 * GIB,  # from one Llama-2-7B run of vLLM 0.26; outside_torch of the rows is less
 }
 STEP_TOKENS = {True: 16384, False: 8192}
 """Tokens of vLLM's largest step, of LLM(...): on cards of 70 GiB or more that are no A100, and on others
