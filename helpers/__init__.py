@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from .generate import chat, complete, stream
     from .memory import estimate, free, generation_speed, measure, memory_parts, preflight
     from .report import common, describe_parts, memory_bar, record, show, style, versions
-    from .serving import offline_engine, serve
+    from .serving import engine_device, offline_engine, serve
     from .serving.bench import bench, bench_rates
 
 _MODULES = {
@@ -28,7 +28,7 @@ _MODULES = {
     **dict.fromkeys(["chat", "complete", "stream"], ".generate"),
     **dict.fromkeys(["estimate", "free", "generation_speed", "measure", "memory_parts", "preflight"], ".memory"),
     **dict.fromkeys(["common", "describe_parts", "memory_bar", "record", "show", "style", "versions"], ".report"),
-    **dict.fromkeys(["offline_engine", "serve"], ".serving"),
+    **dict.fromkeys(["engine_device", "offline_engine", "serve"], ".serving"),
     **dict.fromkeys(["bench", "bench_rates"], ".serving.bench"),  # there, ``bench`` is the module
 }
 
@@ -42,6 +42,7 @@ __all__ = [
     "common",
     "complete",
     "describe_parts",
+    "engine_device",
     "estimate",
     "free",
     "generation_speed",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from helpers import engine_device
 from helpers.errors import HelpersError
 from helpers.serving import command
 from helpers.serving.command import Job, adapters, flags, parallel, prepare
 
 pytest.importorskip("vllm")
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_options_become_flags():
@@ -76,6 +80,33 @@ def test_refused_before_anything_starts(asked, message, monkeypatch):
     given = {"model": "qwen-7b", "weights": "tiny", "precision": "auto", "device": "auto", "options": {}} | asked
     with pytest.raises(HelpersError, match=message):
         prepare(**given)
+
+
+@pytest.mark.parametrize(
+    ("system", "in_colab", "message"),
+    [
+        ("Linux", False, "not installed in this Python.*make setup"),
+        ("Linux", True, "conflicts with what Colab ships.*three commands under Google Colab in env/README.md"),
+        ("Darwin", False, "no vLLM for Darwin.*load and chat"),
+    ],
+)
+def test_without_vllm_the_reader_is_told_at_once(system, in_colab, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("platform.system", lambda: system)
+    if in_colab:
+        monkeypatch.setitem(sys.modules, "google.colab", object())
+    for call in (engine_device, lambda: prepare("qwen-7b", "random", "auto", "auto", {})):
+        with pytest.raises(HelpersError, match=message) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
+def test_the_commands_for_colab_are_where_the_error_says():
+    section = (ROOT / "env" / "README.md").read_text(encoding="utf-8").partition("## Google Colab")[2]
+    commands = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("!")]
+    assert len(commands) == 3 and commands[-1].endswith("-m helpers run 21")
+    files = [word for line in commands for word in line.split() if word.startswith("env/")]
+    assert files and all((ROOT / file).is_file() for file in files)
 
 
 def test_adapters(tmp_path):

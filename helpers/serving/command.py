@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,17 +134,19 @@ def prepare(model: str, weights: str | Path, precision: str, device: str, option
     return Job(model, weights, word, device, folder, settings | dict(options))
 
 
-def engine_device(device: str) -> str:
-    """Return the device that the installed vLLM runs on, if ``device`` allows it.
+def engine_device(device: str = "auto") -> str:
+    """Return the device that the installed vLLM runs on, if ``device`` allows it; imports nothing of vLLM.
+
+        engine_device(device)  # in a preflight cell: what is missing is told before anything is loaded
 
     Raises:
-        HelpersError: vLLM is not installed, or it is built for another kind of device.
+        HelpersError: vLLM is not installed (with what to do in Colab, on a Mac, elsewhere), or it is built for another
+            kind of device.
     """
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
-        fix = "pip install vllm (on a GPU host), or make setup with LLM_DEPLOY_ENV=cpu or gpu"
-        raise HelpersError("cannot serve", "vLLM is not installed", fix)
+        raise _no_vllm()
     if not is_cpu_build():
         device = pick_device(device)
         if device == "cpu":
@@ -152,6 +156,18 @@ def engine_device(device: str) -> str:
         why = "the vLLM installed here is the build for CPUs"
         raise HelpersError(f"cannot serve on {device}", why, "take auto, or set up the gpu packages (env/README.md)")
     return "cpu"
+
+
+def _no_vllm() -> HelpersError:
+    what = "cannot run vLLM here"
+    if "google.colab" in sys.modules:
+        fix = "make it an environment of its own, by the three commands under Google Colab in env/README.md"
+        return HelpersError(what, "it conflicts with what Colab ships, so it is not installed", fix)
+    if platform.system() != "Linux":
+        fix = "use load and chat, or a Linux machine, WSL2 or Colab"
+        return HelpersError(what, f"this series has no vLLM for {platform.system()}", fix)
+    fix = "run make setup (the cpu or gpu set, env/README.md) and start this from its .venv"
+    return HelpersError(what, "it is not installed in this Python", fix)
 
 
 def in_bitsandbytes(
