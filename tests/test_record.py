@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from helpers import common, memory_bar, record, show
 from helpers.errors import HelpersError
 from helpers.report import Table, describe_parts, harvest, recorded
-from helpers.report.record import METADATA_KEY, format_value
+from helpers.report.record import METADATA_KEY, figure, format_value
 
 PATTERNS = re.findall(r"^regex: (.*)$\n^replace: (.*)$", Path("tests/nbval.cfg").read_text(), re.MULTILINE)
 """Read as nbval reads them."""
@@ -122,6 +122,15 @@ def test_in_a_kernel_the_row_travels_in_the_metadata(monkeypatch):
     assert data == {"text/plain": "speed = 2.000 tokens/s  (this machine)"}
     assert (row["model"], row["weights"], row["precision"]) == ("m", "tiny", "int8")
     assert row["versions"]["torch"] == torch.__version__ and row["device"] != "cpu" and row["driver"] is None
+
+
+@pytest.mark.parametrize(("device", "name"), [("cuda:1", "card 1"), ("cuda", "card 0"), ("auto", "card 0")])
+def test_a_figure_names_the_card_that_computed_it(device, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda card=None: f"card {torch.device(card or 'cuda').index or 0}"
+    )
+    assert figure("speed", 1.0, device=device)["device"] == name
 
 
 def test_recorded_reads_figures_in_order(tmp_path):

@@ -144,6 +144,9 @@ def _code_cell(cell):
         yield f"{len(cell.source.splitlines())} lines"
     if re.search(r"trust_remote_code", cell.source):
         yield "trust_remote_code"
+    for about in re.findall(r"\bcommon\(([^()]*)", cell.source):
+        if not re.search(r"\bdevice=", about):
+            yield "common() without device=, so a figure may name another processor than the one that computed"
     compared = IGNORED not in cell.metadata.get("tags", [])
     if compared:
         for pattern in (MACHINE_CALLS, MACHINE_PRINTS):
@@ -220,6 +223,7 @@ BREAKS = [
     (edit(3, source="load(model)\n" + "x = 1\n" * 22), "23 lines"),
     (edit(3, source="load(model, trust_remote_code=False)"), "trust_remote_code"),
     (edit(3, source="load('/" + "home/me/model')"), "absolute path /home/"),
+    (edit(3, source="load(model)\ncommon(model=model)"), "common() without device="),
     (output("error", ename="KeyError", evalue="", traceback=[]), "stored error KeyError"),
     (output("stream", text="12.3 tokens/s\n"), "record() did not print"),
     (output("stream", text="/" + "root/x.py\n"), "stored output with an absolute path"),
@@ -263,7 +267,7 @@ def test_notebook_keeps_the_rules(path):
 def test_badge_and_colab_cell_name_this_repository_and_release(path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address, cells = project["urls"]["Repository"], nbformat.read(path, as_version=4).cells
-    page = f"{address.removeprefix('https://github.com/')}/blob/main/notebooks/{path.name}"
+    page = f"{address.removeprefix('https://github.com/')}/blob/v{project['version']}/notebooks/{path.name}"
     assert f"(https://colab.research.google.com/github/{page})" in cells[0].source
     assert cells[1].source == COLAB.format(address=address, version=project["version"])
 

