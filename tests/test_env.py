@@ -248,6 +248,13 @@ def test_environment_yml_reads_the_pins_of_make_setup() -> None:
     assert f"(3, {minor})" in setup, "setup.py names no such Python"
 
 
+@pytest.mark.parametrize("file", ["environment.yml", "README.md", "env/README.md"])
+def test_conda_users_are_told_to_install_this_package(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    told = "pip install --no-deps --no-build-isolation -e ."
+    assert told in text.partition("conda env create")[2], "notebooks would not find helpers"
+
+
 # --- make and CI
 
 
