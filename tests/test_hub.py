@@ -84,7 +84,10 @@ def test_fetches_again_what_is_damaged_or_of_another_revision(hub):
 
 def test_says_how_to_go_on_when_the_hub_cannot_be_reached(hub, tmp_path):
     hub.error = ConnectionError("no route")
-    with pytest.raises(HelpersError, match=r"hub cannot be reached .*no route.*HF_ENDPOINT.*path/to/folder"):
+    with pytest.raises(
+        HelpersError,
+        match=r"hub cannot be reached .*no route.*HF_ENDPOINT.*fetch qwen-7b --from modelscope.*path/to/folder",
+    ):
         fetch("qwen-7b")
     assert not (tmp_path / "cache").exists(), "nothing is left behind"
 
@@ -99,6 +102,23 @@ def test_tells_a_full_disk(hub):
 def test_modelscope_takes_no_branch(hub, revision):
     with pytest.raises(HelpersError, match="no fixed point in time"):
         fetch("qwen-7b", "modelscope", revision)
+
+
+def test_hub_weights_take_what_was_fetched_from_modelscope(hub, monkeypatch):
+    def snapshot_download(repository, revision, local_dir, allow_patterns):
+        Path(local_dir).mkdir(parents=True)
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            (Path(local_dir) / name).write_text('{"model_type": "qwen3"}')
+
+    monkeypatch.setattr("modelscope.snapshot_download", snapshot_download)
+    hub.error = ConnectionError("no route")
+    with pytest.raises(HelpersError, match="no route"):
+        native_folder("qwen3-0.6b", "hub")
+    folder = fetch("qwen3-0.6b", "modelscope", "v1.0")
+    assert native_folder("qwen3-0.6b", "hub") == folder
+    (folder / "model.safetensors").write_text("cut")
+    with pytest.raises(HelpersError, match="no route"):
+        native_folder("qwen3-0.6b", "hub")
 
 
 def test_unknown_hub_and_model(hub):

@@ -67,6 +67,12 @@ def fetch(model: str, source: Source = "huggingface", revision: str | None = Non
     return folder
 
 
+def fetched(model: str) -> Path | None:
+    """Return the folder of a complete earlier download, Hugging Face's before ModelScope's; None if there is none."""
+    folders = [cache_folder() / "hub" / source / model for source in ("huggingface", "modelscope")]
+    return next((folder for folder in folders if _complete(folder, None)), None)
+
+
 def _fetch(
     model: str,
     source: Source,
@@ -147,9 +153,14 @@ def _explain(model: str, source: Source, repository: str, error: Exception) -> H
     if getattr(error, "errno", None) == 28:
         return HelpersError(what, "the disk is full", "set LLM_DEPLOY_CACHE to a folder on a larger disk and run again")
     reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:120]
+    row, elsewhere = catalog.model(model), ""
+    if source == "huggingface" and row.repositories.modelscope and not row.adapters:
+        elsewhere = (
+            f"`python -m helpers fetch {model} --from modelscope --revision TAG`, which weights='hub' then takes, "
+        )
     return HelpersError(
         what,
         f"the hub cannot be reached ({reason})",
-        "set HF_ENDPOINT to a mirror such as https://hf-mirror.com, try the other hub, or pass the folder of a copy "
-        "that you have: load(model, weights='path/to/folder')",
+        f"set HF_ENDPOINT to a mirror such as https://hf-mirror.com, {elsewhere}or pass the folder of a copy that you "
+        "have: load(model, weights='path/to/folder')",
     )

@@ -9,7 +9,7 @@ from .. import catalog
 from ..errors import HelpersError, unknown
 from ..native.lora import base_and_adapters
 from .adapters import base_is_missing, published_parts
-from .hub import cache_folder, fetch
+from .hub import cache_folder, fetch, fetched
 from .quantized import is_native, loading_options, quantized_by, quiet, unpack_quietly
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def load(
     Args:
         model: catalogue id, e.g. ``"chatglm3-6b"``.
         weights: ``"tiny"`` is the trained stand-in shipped here (its own or that of a model like it); ``"random"`` the
-            full size with random values and the stand-in's tokenizer; ``"hub"`` the published checkpoint. A path is a
+            full size with random values and the stand-in's tokenizer; ``"hub"`` the published checkpoint, from Hugging
+            Face unless ``fetch`` brought it from ModelScope before. A path is a
             folder with a copy of it; of a model published as LoRA, with its base in ``base/`` and its adapter in
             ``lora/``, or several adapters in ``lora-1/`` and ``lora-2/``, merged in that order. Adapters that are not
             there are fetched. A folder that ``helpers.quantization`` or ``convert`` made is used where it lies.
@@ -130,7 +131,7 @@ def native_folder(model: str, weights: str = "tiny") -> Path:
     elif weights == "hub" and row.adapters:
         raise base_is_missing(row)
     elif weights == "hub":
-        source, target = fetch(model), cache_folder() / "native" / "hub" / model
+        source, target = fetched(model) or fetch(model), cache_folder() / "native" / "hub" / model
     elif is_native(Path(weights), row):
         return Path(weights)
     else:
