@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import catalog
-from ..checkpoints.hub import cache_folder
+from ..checkpoints.adapters import base_is_missing
+from ..checkpoints.hub import cache_folder, fetched
 from ..checkpoints.load import check_names, pick_device, pick_dtype, tiny_folder
 from ..checkpoints.quantized import quantized_by
 from ..errors import HelpersError
@@ -107,10 +108,12 @@ def preflight(
 
     Raises:
         HelpersError: an unknown name, no such device, bf16 on a card without it, or (strict) something is too small;
-            the error says what to lower.
+            the error says what to lower. Of a model published as LoRA no hub has the base (strict).
     """
     row = catalog.model(model)
     check_names(weights, precision)
+    if strict and weights == "hub" and row.adapters:
+        raise base_is_missing(row)
     device = pick_device(device)
     on_cpu = device == "cpu"
     element = pick_dtype(precision, row.dtype, device).itemsize
@@ -180,7 +183,7 @@ def disk_need(row: Model, weights: str, files: int) -> int:
     done = weights in kinds and (cache_folder() / "native" / kinds[weights] / row.id).is_dir()
     if weights == "random" or done:
         return 0
-    download = files if weights == "hub" else 0
+    download = files if weights == "hub" and not fetched(row.id) else 0
     converted = 0 if row.native_config else files
     return download + converted
 
