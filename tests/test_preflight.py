@@ -25,7 +25,7 @@ SHAPE = TransformerShape(
 )  # fmt: skip
 ROW = SimpleNamespace(
     id="m", shape=SHAPE, parameters=sum(SHAPE.count_parameters().values()), weight_bytes=12_487_168_064, dtype="fp16",
-    native_config=None, largest_file=None, stand_in=None, name="M", native_class="GlmForCausalLM", context=8192,
+    native_config=None, largest_file=None, stand_in=None, name="M", native_class="GlmForCausalLM", context=8192, adapters=None,
 )  # fmt: skip
 
 
@@ -99,6 +99,19 @@ def test_random_needs_neither_disk_nor_shard(machine):
 def test_a_converted_checkpoint_needs_no_more_disk(machine, tmp_path):
     (tmp_path / "native" / "hub" / "m").mkdir(parents=True)
     assert rows(check("m", "hub"))["disk"].verdict == "not needed"
+
+
+def test_a_finished_download_needs_disk_for_the_conversion_alone(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "fetched", lambda model: tmp_path)
+    assert rows(check("m", "hub"))["disk"].need == ROW.weight_bytes
+    monkeypatch.setattr(ROW, "native_config", {"model_type": "qwen3"})
+    assert rows(check("m", "hub"))["disk"].verdict == "not needed"
+
+
+def test_a_lora_has_no_base_on_a_hub():
+    with pytest.raises(HelpersError, match=r"only its adapters are published.*DIR/base"):
+        check("chinese-alpaca-7b", "hub", device="cpu")
+    assert check("chinese-alpaca-7b", "hub", device="cpu", strict=False).needs
 
 
 def test_cpu_needs_ram_and_no_vram(machine):
