@@ -11,7 +11,7 @@ from helpers.errors import HelpersError
 
 SURVEY = {"h200-sxm", "h100-nvl", "a100-pcie-80gb", "v100-sxm2-32gb", "v100-pcie-32gb", "rtx-3090", "rtx-4090"}
 READERS_OWN = {"t4", "l4", "a10", "l40s", "h100-sxm", "h100-pcie", "a800-pcie-80gb", "h800-sxm", "h20", "b200"}
-READERS_OWN |= {"rtx-4090d", "rtx-5090"}
+READERS_OWN |= {"rtx-4090d", "rtx-5090", "a100-sxm4-80gb", "a100-sxm4-40gb"}
 
 
 def test_every_gpu_is_there():
@@ -88,6 +88,8 @@ def test_geforce_is_stored_with_fp32_accumulation():
         ("NVIDIA H20", "h20"),
         ("NVIDIA B200", "b200"),
         ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-sxm4-40gb"),
         ("NVIDIA A800 80GB PCIe", "a800-pcie-80gb"),
         ("Tesla T4", "t4"),
         ("Tesla V100-SXM2-32GB", "v100-sxm2-32gb"),
