@@ -11,9 +11,11 @@ import torch
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from helpers import common, memory_bar, record, show
+from helpers import catalog, common, memory_bar, record, show
 from helpers.errors import HelpersError
+from helpers.memory.work import decode_work
 from helpers.report import Table, describe_parts, harvest, recorded
+from helpers.report.headline import DEVICE, WAYS, recorded_parts, recorded_speeds, speeds
 from helpers.report.record import METADATA_KEY, figure, format_value
 
 PATTERNS = re.findall(r"^regex: (.*)$\n^replace: (.*)$", Path("tests/nbval.cfg").read_text(), re.MULTILINE)
@@ -175,19 +177,37 @@ def test_a_picture_without_text_is_refused():
         show(Figure(), alt=" ")
 
 
-def test_memory_bar_stacks_to_the_sum():
-    fig = memory_bar({"weights": 12.0, "KV cache": 0.5}, have=24)
-    bars = fig.axes[0].patches
-    assert [(bar.get_x(), bar.get_width()) for bar in bars] == [(0, 12.0), (12.0, 0.5)]
-    assert fig.axes[0].get_xlim()[1] > 24
+def test_memory_bar_stacks_to_the_sum_and_shows_what_was_recorded_below():
+    here, elsewhere = {"weights": 1.0, "KV cache": 0.5}, {"weights": 12.0, "KV cache": 2.0}
+    fig = memory_bar(here, recorded=elsewhere)
+    bars = [[(bar.get_x(), bar.get_width()) for bar in part] for part in fig.axes[0].containers]
+    assert bars == [[(0, 1.0), (0, 12.0)], [(1.0, 0.5), (12.0, 2.0)]]
     labels = [text.get_text() for text in fig.axes[0].get_legend().get_texts()]
-    assert "weights: 12.00 GiB" in labels and "available: 24.00 GiB" in labels
-    show(fig, alt=describe_parts({"weights": 12.0, "KV cache": 0.5}, have=24))
+    assert labels[0] == "weights: 1.000 GiB here, 12.00 GiB recorded"
+    show(fig, alt=describe_parts(here, elsewhere))
+    assert len(memory_bar(here, recorded={}).axes[0].patches) == 2
 
 
 def test_describe_parts_says_the_sum():
-    text = describe_parts({"weights": 12.0, "KV cache": 0.5}, have=24)
-    assert text == "weights 12.00 GiB, KV cache 0.5000 GiB; together 12.50 GiB of 24.00 GiB available"
+    text = describe_parts({"weights": 12.0, "KV cache": 0.5}, {"weights": 1.0})
+    assert text.startswith("weights 12.00 GiB, KV cache 0.5000 GiB; together 12.50 GiB. Recorded at full size: weights")
+
+
+def test_recorded_parts_are_the_recorded_peak():
+    about = {"model": "qwen-7b", "name": "allocated_peak", "prompt_tokens": 1984, "decoding": "default"}
+    (peak,) = catalog.measured(precision="bf16", batch=1, device=DEVICE, **about)
+    parts = recorded_parts("qwen-7b")
+    assert sum(parts.values()) == pytest.approx(peak.value) and parts["KV cache"] == 1
+    assert recorded_parts("chinese-alpaca-plus-7b") == {}, "nothing was recorded of it"
+
+
+def test_recorded_speeds_give_each_way_its_share_of_the_bandwidth():
+    rows = {how: (precision, speed, share) for how, precision, _, speed, share in recorded_speeds("qwen-7b").rows}
+    assert list(rows) == list(WAYS) and rows["default, nf4"][0] == "nf4"
+    vllm = speeds("qwen-7b")["vLLM"]
+    read = decode_work("qwen-7b", "bf16", context=128 + 64).bytes * vllm.value / 3.35e12
+    assert rows["vLLM"] == ("bf16", f"{vllm.value:,.0f}", f"{read:.0%}")
+    assert recorded_speeds("chinese-alpaca-plus-7b").rows[0][0] == "not recorded"
 
 
 def test_table_escapes_and_aligns():

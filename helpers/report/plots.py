@@ -75,13 +75,13 @@ def show(fig: Figure, alt: str) -> None:
     publish_display_data({"text/html": html, "text/plain": alt})
 
 
-def memory_bar(parts: Mapping[str, float], have: float | None = None, title: str = "") -> Figure:
-    """Draw what fills a memory as one stacked bar.
+def memory_bar(parts: Mapping[str, float], title: str = "", recorded: Mapping[str, float] | None = None) -> Figure:
+    """Draw what fills a memory as one stacked bar, and what was recorded elsewhere as a second one below it.
 
     Args:
         parts: name -> GiB, from left to right, e.g. ``{"weights": 12.2, "KV cache": 0.5, "rest of the peak": 0.4}``.
-        have: GiB that are there, drawn as a line.
         title: heading of the plot.
+        recorded: the same parts, e.g. from ``recorded_parts``; empty or None for no second bar.
 
     Returns:
         The figure, for ``show(memory_bar(parts), alt=describe_parts(parts))``.
@@ -89,21 +89,22 @@ def memory_bar(parts: Mapping[str, float], have: float | None = None, title: str
     import matplotlib.pyplot as plt
 
     style()
-    fig, axes = plt.subplots(figsize=(7, 1.8))
-    left = 0.0
-    for name, size in parts.items():
-        axes.barh(0, size, left=left, height=0.6, label=f"{name}: {format_value(float(size))} GiB")
-        left += size
-    if have is not None:
-        axes.axvline(have, color="black", linestyle="--", label=f"available: {format_value(float(have))} GiB")
-    axes.set(xlabel="GiB", title=title, yticks=[], xlim=(0, max(left, have or 0) * 1.05 or 1))
+    bars = {"here": parts} | ({"recorded": recorded} if recorded else {})
+    fig, axes = plt.subplots(figsize=(7, 1 + 0.6 * len(bars)))
+    for number, part in enumerate(parts):
+        sizes = [bar[part] for bar in bars.values()]
+        before = [sum(list(bar.values())[:number]) for bar in bars.values()]
+        said = ", ".join(f"{format_value(float(size))} GiB {name}" for name, size in zip(bars, sizes, strict=True))
+        axes.barh(list(bars), sizes, left=before, height=0.6, label=f"{part}: {said}")
+    axes.set(xlabel="GiB", title=title)
+    axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.65 / len(bars)))
     return fig
 
 
-def describe_parts(parts: Mapping[str, float], have: float | None = None) -> str:
+def describe_parts(parts: Mapping[str, float], recorded: Mapping[str, float] | None = None) -> str:
     """Say in words what ``memory_bar`` draws, as its alt text."""
     text = ", ".join(f"{name} {format_value(float(size))} GiB" for name, size in parts.items())
     total = f"{text}; together {format_value(float(sum(parts.values())))} GiB"
-    return total if have is None else f"{total} of {format_value(float(have))} GiB available"
+    return f"{total}. Recorded at full size: {describe_parts(recorded)}" if recorded else total
