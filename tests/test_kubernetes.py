@@ -21,6 +21,7 @@ FOLDER = ROOT / "env" / "kubernetes"
 SCHEMAS = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in (FOLDER / "schemas").glob("*.json")}
 REGISTRY = Registry().with_resources((name, Resource.from_contents(schema)) for name, schema in SCHEMAS.items())
 MANIFESTS = {path.name: list(yaml.safe_load_all(path.read_text(encoding="utf-8"))) for path in FOLDER.glob("*.yaml")}
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
 CHART = "production-stack.yaml"
 (VALUES,) = MANIFESTS[CHART]
 
@@ -243,6 +244,29 @@ def test_the_gate_leads_to_ray_and_nobody_gets_past_it() -> None:
     ]
     assert may == [gate["spec"]["template"]["metadata"]["labels"]]
     assert policy["podSelector"]["matchLabels"] in labels("rayservice.yaml")[:1]
+
+
+CHART_DEADLINE = 1200
+"""progressDeadlineSeconds of the chart's Deployments, which no value changes (0.1.12, deployment-vllm-multi.yaml)."""
+
+
+def starts() -> Iterator[tuple[int, Document]]:
+    """Yield for each startup probe how long its Deployment may take before it counts as failed."""
+    for _, document in DOCUMENTS:
+        if document.get("kind") == "Deployment":
+            for container in document["spec"]["template"]["spec"]["containers"]:
+                if "startupProbe" in container:
+                    yield document["spec"].get("progressDeadlineSeconds", 600), container["startupProbe"]
+    yield CHART_DEADLINE, VALUES["servingEngineSpec"]["startupProbe"]
+
+
+def test_a_start_may_take_as_long_as_its_probe_waits() -> None:
+    found = list(starts())
+    assert len(found) == 2
+    for deadline, probe in found:
+        assert deadline > probe.get("initialDelaySeconds", 0) + probe["periodSeconds"] * probe["failureThreshold"]
+    (timeout,) = re.findall(r"rollout status deployment/qwen-7b --timeout (\d+)m", README)
+    assert 60 * int(timeout) >= found[0][0]
 
 
 def gpus(container: Document) -> int:

@@ -176,11 +176,13 @@ def test_when_the_engine_dies_the_client_is_told_and_does_not_hang(server, clien
     next(iter(stream))
     os.kill(engine.pid, signal.SIGKILL)
     killed = time.monotonic()
-    with pytest.raises((openai.APIError, httpx.HTTPError)):
+    with pytest.raises(openai.APIError) as told:
         list(stream)
-    with pytest.raises((openai.APIError, httpx.HTTPError)):
-        client.completions.create(model="qwen-7b", prompt="床前", timeout=5)
-    assert time.monotonic() - killed < PATIENCE / 10, "it hung"
+    # the one time that a test asserts: whoever waits for an answer is promised an error within 5 s
+    assert time.monotonic() - killed < 5, "it hung"
+    with pytest.raises(openai.APIError) as refused:
+        client.completions.create(model="qwen-7b", prompt="床前")
+    assert not any(isinstance(each.value, openai.APITimeoutError) for each in (told, refused)), "it hung"
     with pytest.raises(HelpersError):
         server.wait()
     server.stop()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import engine_device
+from helpers import catalog, engine_device, quantization
 from helpers.errors import HelpersError
 from helpers.serving import command
-from helpers.serving.command import Job, adapters, flags, parallel, prepare
+from helpers.serving.command import Job, adapters, flags, in_bitsandbytes, parallel, prepare
 
 pytest.importorskip("vllm")
 
@@ -50,6 +50,34 @@ def test_bitsandbytes(monkeypatch, tmp_path):
         prepare("qwen-7b", int8.folder, "bf16", "cpu", {})
     with pytest.raises(HelpersError, match="random weights in nf4"):
         prepare("qwen-7b", "random", "nf4", "cpu", {})
+
+
+def test_int8_of_other_weights_and_of_changed_ones_is_made_anew(monkeypatch, tmp_path):
+    made = []
+
+    def quantised(model, target, *, weights, **_):
+        made.append((weights.parent.name, (weights / "model.safetensors").read_text()))
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(quantization, "bitsandbytes", quantised)
+    monkeypatch.setenv("LLM_DEPLOY_CACHE", str(tmp_path / "cache"))
+    sources = {"tiny": tmp_path / "tiny" / "qwen-7b", "hub": tmp_path / "hub" / "qwen-7b"}
+    sources |= {str(tmp_path / name / "mine"): tmp_path / name / "mine" for name in ("one", "two")}
+    for folder in sources.values():
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("first")
+
+    def served(weights):
+        return in_bitsandbytes(catalog.model("qwen-7b"), weights, "int8", sources[weights], "cpu")[0]
+
+    targets = [served(weights) for weights in sources for _ in range(2)]
+    assert len(set(targets)) == len(sources)
+    assert made == [(name, "first") for name in ("tiny", "hub", "one", "two")], "once for each source"
+
+    (sources["tiny"] / "model.safetensors").write_text("trained anew")
+    assert served("tiny") == served("tiny") == targets[0] and served("hub") == targets[2]
+    assert made[4:] == [("tiny", "trained anew")]
 
 
 def test_random_weights_are_the_full_config_without_a_weight(monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from helpers.checkpoints.load import tiny_folder
 from helpers.errors import HelpersError
+from helpers.memory.parts import UTILISATION
 from helpers.serving.command import Job
 from helpers.serving.explain import CAUSES, explain, is_known, last_words, sizes
 
@@ -41,7 +42,7 @@ SAID = [
         GPU,
         "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
         "the weights take 14.38 GiB and every token 512 KiB of KV cache, which leaves no room for a cache. "
-        "Pass gpu_memory_utilization= more (0.9 if left out), or take precision nf4",
+        f"Pass gpu_memory_utilization= more ({UTILISATION} if left out), or take precision nf4",
     ),
     (
         GPU,
@@ -176,3 +177,11 @@ def test_errors_that_warnings_quote_are_not_the_last_words():
         'WARNING 11-26 [system_utils.py:1] the limit may cause "OSError: [Errno 24] Too many open files": raise it\n'
     )
     assert last_words(log) == "AssertionError: param_data.shape == loaded_weight.shape"
+
+
+def test_the_share_it_names_is_the_one_vllm_takes():
+    package = importlib.util.find_spec("vllm")
+    if package is None:
+        pytest.skip("vLLM is not installed")
+    source = Path(package.submodule_search_locations[0], "config", "cache.py").read_text(encoding="utf-8")
+    assert float(re.search(r"gpu_memory_utilization: float = Field\(default=([\d.]+)", source)[1]) == UTILISATION

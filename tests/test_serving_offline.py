@@ -6,6 +6,7 @@ The slow one: vLLM's import takes half a minute, each engine some seconds.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 
 from helpers import load
 from helpers.errors import HelpersError
+from helpers.serving import offline
+from helpers.serving.command import Job
 from helpers.serving.launch import is_cpu_build
 
 pytest.importorskip("vllm")
@@ -72,6 +75,18 @@ def test_engines_in_one_process_are_freed_one_after_the_other(result):
     for during, after in result["memory"]:
         assert during - after > 0.7 * 2**30
     assert result["clean"]
+
+
+def test_another_card_is_refused_in_a_process_that_has_counted_the_cards(monkeypatch):
+    job = Job("qwen-7b", "tiny", "bf16", "cuda:1", Path("native/qwen-7b"), {})
+    monkeypatch.setattr(offline, "prepare", lambda *_: job)
+    monkeypatch.setattr(offline, "pass_for_vllm", lambda: pytest.fail("it went on"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    before = dict(os.environ)
+    told = "apart=True, or set CUDA_VISIBLE_DEVICES=6 before Python starts"
+    with pytest.raises(HelpersError, match=told), offline.offline_engine("qwen-7b", device="cuda:1"):
+        pass
+    assert dict(os.environ) == before
 
 
 def test_what_cannot_be_served_is_refused_here_too():

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import catalog
+from ..catalog.gpus import find_gpu
 from ..errors import HelpersError, unknown
 from ..report.table import Table
 from . import predict
-from .parts import BYTES, FREE, GIB, STEP_TOKENS, Component, Setting, memory, room
+from .parts import BYTES, CACHED, FREE, GIB, STEP_TOKENS, UTILISATION, Component, Setting, memory, room
 from .shapes import Sized, sized
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Estimate:
         longest_context: tokens of each sequence that fit at this batch, at most the model's context; 0 is none.
         largest_batch: sequences that fit at this context.
         kv_tokens: tokens that vLLM's KV cache has room for; None for other engines.
-        prefill_tokens_per_s: over the whole batch; None where nothing is known (RWKV).
-        decode_tokens_per_s: over the whole batch.
+        prefill_tokens_per_s: over the whole batch; None where it is not modelled (RWKV).
+        decode_tokens_per_s: over the whole batch; None where nothing is recorded (bitsandbytes in vLLM).
         decode_range: least and most expected, which differ where the host's speed counts.
         bound: what decoding waits for: ``"launches"`` (the host) or ``"memory"``, or ``"compute"``.
         notes: what to know about this run.
@@ -66,14 +67,24 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        """Bytes that the card has to give, as nvidia-smi counts a process."""
+        """Bytes that the card gives, as nvidia-smi counts a process."""
         return self.bytes()
+
+    @property
+    def needed(self) -> float:
+        """Bytes without which it does not run: the total less freed blocks and what vLLM reserves beyond the need.
+
+        Before PyTorch's allocator gives up, it returns whole free blocks to the driver and asks again. Source:
+        c10/cuda/CUDACachingAllocator.cpp, release_cached_blocks.
+        """
+        return sum(part.bytes for part in self.components if part.where not in (CACHED, FREE))
 
     def table(self) -> Table:
         """Return components, total, limits and speeds."""
         gib = "{:,.2f} GiB".format
         rows = [(part.name, gib(part.bytes / GIB), f"{part.formula} ({part.source})") for part in self.components]
         rows += [("total", gib(self.total / GIB), f"peak at {self.peak_at}")]
+        rows += [("needed", gib(self.needed / GIB), "less what can be given back")] if self.needed < self.total else []
         rows += [("fits on", f"{len(self.fits_on)} of {len(catalog.gpus())}", ", ".join(self.fits_on) or "none")]
         if self.gpu:
             rows += [("longest context", f"{self.longest_context:,}", f"tokens at this batch on {self.gpu}")]
@@ -110,7 +121,6 @@ def estimate(
     *,
     decoding: str = "default",
     prompt_tokens: int | None = None,
-    all_logits: bool = False,
     group_size: int = 128,
     kv_dtype: str = "auto",
 ) -> Estimate:
@@ -125,7 +135,6 @@ def estimate(
         gpu: id of a card in the catalogue, for the speeds and what else fits; None for this machine's, if it has one.
         decoding: of transformers: ``"default"``, ``"static"`` or ``"compiled"`` (``FastDecoder``).
         prompt_tokens: how many of the context are read at once; all of them when None, which takes most.
-        all_logits: the forward pass returns logits of every prompt token, not only (``logits_to_keep=1``) of the last.
         group_size: weights that share a scale, of GPTQ and AWQ.
         kv_dtype: of vLLM's KV cache: ``"auto"``, the type of what is not quantised, or ``"fp8"``, half of 16 bit.
 
@@ -154,7 +163,6 @@ def estimate(
             context if prompt_tokens is None else min(prompt, context),
             context,
             element=4 if precision == "fp32" else 2,
-            all_logits=all_logits,
             group_size=group_size,
             hopper=card is None or card.compute_capability == 9.0,
             step=STEP_TOKENS[card is None or (card.memory_gb >= 75 and not card.id.startswith("a100"))],
@@ -162,8 +170,8 @@ def estimate(
         )
 
     def fits(card: Gpu, batch: int = batch, context: int = context) -> bool:
-        need = sum(part.bytes for part in memory(about, run(batch, context, card))[0])
-        return need <= room(card, engine)
+        parts = memory(about, run(batch, context, card))[0]
+        return sum(part.bytes for part in parts if part.where != CACHED) <= room(card, engine)
 
     parts, moments = memory(about, run())
     free = room(card, engine) - sum(part.bytes for part in parts) if card else 0
@@ -171,7 +179,8 @@ def estimate(
     if engine == "vllm" and card and about.shape.kv_values_per_token():
         kv = next(part.bytes for part in parts if part.name == "KV cache") / (batch * context)
         pool = max(0, int((batch * context) + free / kv))
-        rest = Component("rest of vLLM's reservation", free, "0.9 of the card, less the above", "vLLM", FREE)
+        source = f"{UTILISATION} of the card, less the above"
+        rest = Component("rest of vLLM's reservation", free, source, "vLLM", FREE)
         parts = (*parts, *([rest] if free > 0 else []))
     speed = predict.decode_range(about, run(), card) if card else None
     cache = "" if kv_dtype == "auto" else f", KV cache {kv_dtype}"
@@ -225,23 +234,32 @@ def _notes(about: Sized, run: Setting, card: Gpu | None) -> Iterator[str]:
     if run.precision == "int8" and run.engine == "transformers":
         yield "int8 takes more the more outlier columns its activations have; fitted on random weights"
     if about.shape.kind == "rwkv":
-        yield "no RWKV is recorded yet: activations and speed are not checked"
+        yield "prefill speed of RWKV is not modelled; catalog.recorded(model) has what was measured"
+    if getattr(about.shape, "version", None) == 5:
+        yield "no RWKV-5 is recorded: its activations are taken as those of version 6, its speed is not checked"
+    if card and predict.unrecorded(run):
+        yield f"no speed of {run.precision} in vLLM is recorded yet, so none is predicted"
+    if not card and (name := local_gpu_name()):
+        yield f"this machine's {name} is not in the catalogue: pass gpu=..., a card like it, for speeds and limits"
     way = {"engine": run.engine, "decoding": None if run.engine == "vllm" else run.decoding}
     if not catalog.measured(name="decode_speed", **way):
         name = run.engine if run.engine == "vllm" else f"decoding {run.decoding!r}"
         yield f"no speed of {name} is recorded yet: its share of the bandwidth is assumed"
 
 
-@cache
 def local_gpu() -> Gpu | None:
-    """Return the catalogue's row of this machine's first card, or None; asks NVML, so PyTorch is not imported."""
-    import pynvml
+    """Return the catalogue's row of this machine's first card, or None."""
+    return find_gpu(local_gpu_name() or "")
 
-    from ..catalog.gpus import find_gpu
+
+@cache
+def local_gpu_name() -> str | None:
+    """Return how NVML names this machine's first card, or None; PyTorch is not imported for it."""
+    import pynvml
 
     try:
         pynvml.nvmlInit()
-        return find_gpu(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+        return pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
     except pynvml.NVMLError:
         return None
 

@@ -210,12 +210,10 @@ class Conversion:
         self.rules: list[Rule] = self.family.rules(self.original)
         self.files = weight_files(source)
         self.size = sum(file.stat().st_size for file in self.files)
-        folders = [source, *adapters]
-        inputs = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
         self.receipt = {
             "recipe": RECIPE,
             "chat_format": self.chat_format,
-            "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in inputs],
+            "files": [stamp for folder in [source, *adapters] for stamp in file_stamps(folder)],
         }
 
     def targets(self, name: str) -> tuple[Rule, tuple[str, ...]]:
@@ -343,6 +341,12 @@ class Conversion:
             pad_token_id=pad if pad is not None else self.config.eos_token_id,
             do_sample=False,
         ).save_pretrained(folder)
+
+
+def file_stamps(folder: Path) -> list[list[str | int]]:
+    """Return name, bytes and time of change (ns) of a folder's files: what tells a result of theirs from an old one."""
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [[name, about.st_size, about.st_mtime_ns] for name, about in files]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import Any
 
 from .. import catalog
 from ..checkpoints.hub import cache_folder
-from ..checkpoints.load import check_names, native_folder, pick_device, pick_dtype
+from ..checkpoints.load import WEIGHTS, check_names, native_folder, pick_device, pick_dtype
 from ..checkpoints.random import FORMATS
 from ..errors import HelpersError, unknown
 from .launch import is_cpu_build
@@ -36,6 +37,9 @@ OURS = {
 }
 """Options of vLLM that are not the caller's, and why."""
 
+
+INT8_RECEIPT = "made_from.json"
+"""What int8 was made from; a folder without it is made anew."""
 
 PARALLEL = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp", "data_parallel_size": "dp"}
 """vLLM's options that spread a model over devices, and what a measured row calls that."""
@@ -175,7 +179,8 @@ def in_bitsandbytes(
 ) -> tuple[Path, dict[str, Any]]:
     """Return folder and options of a model in bitsandbytes' int8 or nf4.
 
-    nf4 is made by vLLM while it loads. It does not make int8 (it reads it): that is saved by transformers first.
+    nf4 is made by vLLM while it loads. It does not make int8 (it reads it): that is saved by transformers first, once
+    for each kind of weights and each folder of the reader's, and anew when the files it was made from have changed.
 
     Raises:
         HelpersError: the weights are random; vLLM quantises only what it reads from files.
@@ -185,11 +190,19 @@ def in_bitsandbytes(
         raise HelpersError(f"cannot serve random weights in {precision}", why, "take bf16, or weights tiny or hub")
     if precision == "nf4":
         return folder, {"quantization": "bitsandbytes"}
+    from filelock import FileLock
+
+    from ..native.convert import file_stamps
     from ..quantization import bitsandbytes
 
-    target = cache_folder() / "native" / "int8" / f"{row.id}-{folder.name}"
-    if not (target / "config.json").exists():
-        bitsandbytes(row.id, target, weights=folder, precision="int8", device=device)
+    kind = weights if weights in WEIGHTS else hashlib.sha256(str(Path(weights).resolve()).encode()).hexdigest()[:8]
+    target = cache_folder() / "native" / "int8" / f"{row.id}-{kind}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    receipt, made_from = target / INT8_RECEIPT, json.dumps(file_stamps(folder))
+    with FileLock(target.with_name(f"{target.name}.lock")):
+        if not receipt.exists() or receipt.read_text(encoding="utf-8") != made_from:
+            bitsandbytes(row.id, target, weights=folder, precision="int8", device=device, replace=True)
+            receipt.write_text(made_from, encoding="utf-8")
     return target, {}
 
 

@@ -97,9 +97,11 @@ def _smaller(job: Job) -> str:
 
 
 def _more_cache(job: Job) -> str:
+    from ..memory.parts import UTILISATION
+
     if job.device == "cpu":
         return "kv_cache_memory_bytes= more (or VLLM_CPU_KVCACHE_SPACE in GiB)"
-    return "gpu_memory_utilization= more (0.9 if left out)"
+    return f"gpu_memory_utilization= more ({UTILISATION} if left out)"
 
 
 def _cache_too_small(found: re.Match[str], job: Job) -> Answer:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import HelpersError
 from .command import prepare
 from .launch import pass_for_vllm
 
@@ -39,11 +40,18 @@ def offline_engine(
             a ``__main__`` guard.
 
     Raises:
-        HelpersError: the model cannot be served. What vLLM itself raises is passed on as it is.
+        HelpersError: the model cannot be served, or another card than the first is asked for without ``apart``. What
+            vLLM itself raises is passed on as it is.
     """
     import torch
 
     job = prepare(model, weights, precision, device, options)
+    if job.device not in ("cpu", "cuda:0") and not apart:
+        # `prepare` has asked CUDA for its cards, which reads CUDA_VISIBLE_DEVICES then and never again
+        visible = job.environment()["CUDA_VISIBLE_DEVICES"]
+        fix = f"pass apart=True, or set CUDA_VISIBLE_DEVICES={visible} before Python starts"
+        why = "in a process that has counted its cards, vLLM would take the first one all the same"
+        raise HelpersError(f"cannot run this engine on {job.device}", why, fix)
     settings = job.environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart)), "VLLM_LOGGING_LEVEL": "WARNING"}
     before, set_threads = dict(os.environ), torch.set_num_threads
     os.environ.update(settings)
