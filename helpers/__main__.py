@@ -301,10 +301,10 @@ def quality(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
 ) -> None:
     """Quantise models and measure what it cost: perplexity, recitation, bytes; goes on where it was stopped."""
-    from .quantization.matrix import WAYS, quality_matrix
+    from .quantization.matrix import KV_CACHE, WAYS, quality_matrix
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    quality_matrix(models, precision or ["fp32", *WAYS], output, weights=weights, device=device)
+    quality_matrix(models, precision or ["fp32", *WAYS, KV_CACHE], output, weights=weights, device=device)
 
 
 @app.command()

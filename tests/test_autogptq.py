@@ -199,6 +199,21 @@ def test_a_failure_while_writing_leaves_the_original_and_nothing_else(old, monke
         assert contents(old) == before and [path.name for path in old.parent.iterdir()] == ["old"]
 
 
+def test_a_folder_named_by_a_dot_is_upgraded(old, monkeypatch):
+    monkeypatch.chdir(old)
+    assert upgrade(".") == old.with_name("old-upgraded") and (old.parent / "old-upgraded" / "config.json").exists()
+
+
+def test_what_a_stopped_run_left_is_named_and_kept(old):
+    before = contents(old)
+    left = old.with_name("old.before-upgrade")
+    shutil.copytree(old, left)
+    with pytest.raises(HelpersError, match=r"^cannot upgrade old in place: old\.before-upgrade of a stopped run lies"):
+        upgrade(old, old)
+    assert contents(old) == contents(left) == before and len(list(old.parent.iterdir())) == 2
+    upgrade(old)  # beside it: no harm
+
+
 def test_an_existing_target_is_not_overwritten(old):
     upgrade(old)
     with pytest.raises(HelpersError, match="will not overwrite old-upgraded: it exists"):
@@ -283,6 +298,9 @@ def test_code_for_venv_answers_or_fails_in_one_line(monkeypatch, tmp_path):
         run_in_venv("from helpers import catalog; catalog.model('x')")
     with pytest.raises(HelpersError, match=r"the code for \.venv failed: ZeroDivisionError: division by zero\. Run"):
         run_in_venv("1 / 0")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    asked = "import os; print(os.environ.get('HF_HUB_OFFLINE'))"
+    assert [run_in_venv(asked), run_in_venv(asked, offline=False)] == ["1", "None"]
     monkeypatch.setattr(legacy, "SERIES", tmp_path)
     with pytest.raises(HelpersError, match="make setup"):
         run_in_venv("1")

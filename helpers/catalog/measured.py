@@ -26,9 +26,10 @@ COUNTS = {"recited", "goodput", "out_of_memory"}
 
 Precision = Literal[
     "fp32", "bf16", "fp16", "fp8", "w8a8", "int8", "nf4", "nf4-double", "fp4",
-    "gptq-int8", "gptq-int4", "gptq-int3", "rtn-int4", "rtn-int3", "awq-int4",
+    "gptq-int8", "gptq-int4", "gptq-int3", "rtn-int4", "rtn-int3", "awq-int4", "fp8-kv",
 ]  # fmt: skip
-"""int8, nf4 and fp4 are bitsandbytes'; ``nf4-double`` quantises the scales too; ``rtn`` is rounding to nearest."""
+"""int8, nf4 and fp4 are bitsandbytes'; ``nf4-double`` quantises the scales too; ``rtn`` is rounding to nearest;
+``fp8-kv`` is the KV cache alone in 8-bit floats."""
 
 
 class MeasuredRow(Fact):

@@ -15,7 +15,7 @@ from ..checkpoints.load import check_names, pick_device, pick_dtype, tiny_folder
 from ..checkpoints.quantized import quantized_by
 from ..errors import HelpersError
 from ..report.table import Table
-from .parts import GIB, Setting, memory
+from .parts import CACHED, GIB, Setting, memory
 from .shapes import Sized, from_config
 
 if TYPE_CHECKING:
@@ -27,8 +27,12 @@ RUNTIME_RAM = {"cuda": 2 * GIB, "cpu": GIB // 2}
 On a CPU the stand-ins' runs took this much. What the C library keeps of freed blocks is not counted: it was a GiB where
 a small model's matrices (of less than 32 MiB, larger ones go back at once) were quantised one after another."""
 
+BY_GPTQMODEL = ("gptq", "awq", "rtn")
+"""Methods of helpers.quantization that keep the 16-bit model in RAM and bring it to the GPU block by block."""
+
 LARGEST_SHARD = 10 * 10**9
-"""Largest file of a published checkpoint where the catalogue does not say: transformers' limit when they were saved."""
+"""Assumed of a published checkpoint's largest file where the catalogue does not say: transformers' limit until October
+2023 (https://github.com/huggingface/transformers/pull/26942). Some were saved whole, and are larger."""
 
 FITS, TOO_SMALL, NOT_NEEDED = "fits", "does not fit", "not needed"
 
@@ -94,6 +98,7 @@ def preflight(
     batch: int = 1,
     tokens: int = 2048,
     strict: bool = True,
+    quantize: str | None = None,
 ) -> Preflight:
     """Compare what a run needs with what this machine has free.
 
@@ -102,6 +107,7 @@ def preflight(
         batch: sequences at once.
         tokens: prompt and answer of one sequence.
         strict: raise when it does not fit; False only shows it.
+        quantize: method of ``helpers.quantization`` by which the run makes a folder, too; None for none.
 
     Returns:
         The rows VRAM, system RAM, largest shard (which passes through RAM while loading) and disk.
@@ -120,19 +126,22 @@ def preflight(
     about, saved = sized_weights(row, weights), saved_bytes(row, weights)
     files, largest = file_sizes(row, weights)
     vram, ram, runtime = free_vram(device), free_ram(), RUNTIME_RAM["cpu" if on_cpu else "cuda"]
+    ram_beside_gpu = runtime + (files if quantize in BY_GPTQMODEL else 0)
 
     def needed(precision: str = precision, batch: int = batch, tokens: int = tokens) -> float:
         kind = {4: "fp32", 2: row.dtype}[element] if precision == "auto" else precision
         run = Setting(kind, "transformers", "default", batch, tokens, tokens, element, cuda=not on_cpu)
-        parts = [part for part in memory(about, run)[0] if not (saved and part.name.startswith("weights"))]
+        parts = [part for part in memory(about, run)[0] if part.where != CACHED]  # PyTorch gives that back
+        parts = [part for part in parts if not (saved and part.name.startswith("weights"))]
         return (saved or 0) + sum(part.bytes for part in parts) + (runtime if on_cpu else 0)
 
-    disk, shard = disk_need(row, weights, files), 0 if weights == "random" else largest
+    disk = disk_need(row, weights, files) + (written(weights, files) if quantize else 0)
+    shard = 0 if weights == "random" else largest
     result = Preflight(
         f"{model}, weights {weights}, precision {precision}, {device}, batch {batch}, {tokens} tokens",
         (
             Need("VRAM", 0 if on_cpu else needed(), vram),
-            Need("system RAM", needed() if on_cpu else runtime, ram),
+            Need("system RAM", needed() if on_cpu else ram_beside_gpu, ram),
             Need("largest shard", shard, ram if shard else None),
             Need("disk", disk, free_disk() if disk else None),
         ),
@@ -142,7 +151,7 @@ def preflight(
         raise HelpersError(
             f"{model} ({weights}, {precision}, batch {batch}, {tokens} tokens) does not fit",
             f"{tight.what}: {_gib(tight.need)} needed, {_gib(tight.have)} free",
-            _what_to_lower(tight, precision, needed),
+            _what_to_lower(tight, precision, needed, on_cpu),
         )
     return result
 
@@ -188,6 +197,11 @@ def disk_need(row: Model, weights: str, files: int) -> int:
     return download + converted
 
 
+def written(weights: str, files: int) -> int:
+    """Return the bytes that quantising writes at most: half of 16 bit, and random weights themselves."""
+    return files // 2 + (files if weights == "random" else 0)
+
+
 def free_vram(device: str) -> int | None:
     """Return the bytes that the CUDA driver has free on a card; None for a CPU."""
     import torch
@@ -216,14 +230,15 @@ def free_disk() -> int:
     return shutil.disk_usage(folder).free
 
 
-def _what_to_lower(tight: Need, precision: str, needed: Callable[..., float]) -> str:
+def _what_to_lower(tight: Need, precision: str, needed: Callable[..., float], on_cpu: bool) -> str:
     """Name the change that makes the tight row fit: a smaller precision, less context, or smaller weights."""
     if tight.what == "disk":
         return "free some space, or set LLM_DEPLOY_CACHE to a folder on a larger disk"
     if tight.what == "largest shard":
         return "take a machine with more RAM, or weights='random' to see memory and speed without a checkpoint"
-    if tight.need in RUNTIME_RAM.values():
-        return "close other programs, or restart other notebooks' kernels"
+    if tight.what == "system RAM" and not on_cpu:
+        less = "" if tight.need in RUNTIME_RAM.values() else ", or quantise by bitsandbytes, which takes less RAM"
+        return f"close other programs, or restart other notebooks' kernels{less}"
     for smaller in ("int8", "nf4"):
         if precision not in ("int8", "nf4") or (precision, smaller) == ("int8", "nf4"):
             need = needed(smaller)

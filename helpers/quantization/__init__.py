@@ -6,6 +6,7 @@ model, tokenizer = load("qwen-7b", weights=folder)
 """
 
 from ..checkpoints.make.poems import read as poems
+from .folder import scratch_folder
 from .layers import Layer, quantized_layers
 from .legacy import upgrade
 from .quality import perplexity, recited
@@ -24,6 +25,7 @@ __all__ = [
     "quantized_layers",
     "recited",
     "rtn",
+    "scratch_folder",
     "upgrade",
     "w8a8",
 ]

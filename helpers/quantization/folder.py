@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import catalog
+from ..checkpoints.hub import cache_folder
 from ..checkpoints.load import check_names, native_folder, pick_device, pick_dtype
 from ..checkpoints.quantized import RECEIPT, quantized_by
 from ..checkpoints.random import SHARD, save_random
@@ -156,6 +158,15 @@ def quantizing(
     finally:
         if bar_was_on:
             transformers_logging.enable_progress_bar()
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder for models that are made on the way; it is gone with the object.
+
+    It lies in ``cache_folder()``: the system's folder for such things may be RAM, and a 7B model is 15 GB.
+    """
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="scratch-", dir=cache_folder())
 
 
 def _check_target(target: Path, replace: bool) -> None:

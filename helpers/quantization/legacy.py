@@ -36,6 +36,8 @@ SERIES = Path(__file__).parents[2]
 def upgrade(folder: Path | str, target: Path | str | None = None) -> Path:
     """Bring a folder that AutoGPTQ wrote to the form that transformers 5, GPTQModel and vLLM read.
 
+    transformers and GPTQModel take all of them; vLLM those that are symmetric (``sym``) and of 4 or 8 bits.
+
     The weights are called model.safetensors (linked where the disk allows it, so that no byte is copied; .bin and .pt
     are rewritten), config.json holds the settings of quantize_config.json, and both name ``checkpoint_format: gptq``.
     An original architecture (``qwen``, ``baichuan``, ...) becomes its native class as well, shard by shard.
@@ -51,11 +53,14 @@ def upgrade(folder: Path | str, target: Path | str | None = None) -> Path:
         HelpersError: it is no such folder, it is made for one kernel only (Marlin), tensors and settings do not fit
             each other, or the target exists. Nothing is changed then.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # "." has no name to put a word behind
     target = Path(target) if target is not None else folder.with_name(folder.name + "-upgraded")
     in_place = target.resolve() == folder.resolve()
     if target.exists() and not in_place:
         raise HelpersError(f"will not overwrite {target.name}", "it exists", "name a folder that does not exist yet")
+    if in_place and _before(folder).exists():
+        what, why = f"cannot upgrade {folder.name} in place", f"{_before(folder).name} of a stopped run lies beside it"
+        raise HelpersError(what, why, "keep the whole one of the two, under its name")
     config = read_config(folder)
     settings = _settings(folder, config)
     files = _weights(folder, settings)
@@ -91,8 +96,12 @@ def older_config(config: dict[str, Any]) -> dict[str, Any]:
     return config if theta is None else config | {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def run_in_venv(code: str) -> str:
+def run_in_venv(code: str, offline: bool = True) -> str:
     """Run Python in .venv, the environment of the other notebooks, and return what it prints.
+
+    Args:
+        code: what to run.
+        offline: ask no hub; False for code that downloads.
 
     Raises:
         HelpersError: there is no .venv, or the code fails; its last line is told.
@@ -100,8 +109,8 @@ def run_in_venv(code: str) -> str:
     python = SERIES / ".venv" / "bin" / "python"
     if not python.exists():
         raise HelpersError("cannot run this in .venv", "there is no .venv beside helpers/", "run make setup first")
-    quiet = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, env=quiet)
+    settings = os.environ | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, env=settings)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         if "HelpersError: " in lines[-1]:
@@ -236,7 +245,7 @@ def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def _replace(folder: Path, made: Path) -> None:
     """Put ``made`` in the place of ``folder``, which is there, old or new, whatever happens in between."""
-    before = folder.with_name(folder.name + ".before-upgrade")
+    before = _before(folder)
     folder.rename(before)
     try:
         made.rename(folder)
@@ -244,6 +253,10 @@ def _replace(folder: Path, made: Path) -> None:
         before.rename(folder)
         raise
     shutil.rmtree(before)
+
+
+def _before(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".before-upgrade")
 
 
 class _Packed(Conversion):

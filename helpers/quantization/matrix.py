@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +15,16 @@ from ..memory.matrix import TOO_MUCH, append_rows, is_done
 from ..memory.measure import free
 from ..report.record import common, figure
 from . import bitsandbytes, fp8, gptq, poems, w8a8
+from .folder import scratch_folder
 from .layers import quantized_layers
-from .quality import perplexity, recited
+from .quality import fp8_cache, perplexity, recited
 from .with_gptqmodel import awq, rtn
 
 SOURCE = "python -m helpers quality"
 PLAIN = ["fp32", "bf16", "fp16"]
+KV_CACHE = "fp8-kv"
+"""Weights as they are, keys and values rounded to 8 bits."""
+
 GROUP = 32
 """Weights that share a scale: what divides every row of every stand-in, and the default of each method that has one."""
 
@@ -60,7 +63,7 @@ def quality_matrix(
 
     Args:
         models: catalogue ids.
-        precisions: of ``WAYS`` or ``PLAIN``.
+        precisions: of ``WAYS`` or ``PLAIN``, or ``KV_CACHE``.
         output: file of JSON lines in the form of ``helpers.catalog.MeasuredRow``.
         weights: ``"tiny"``, ``"hub"`` or a folder; what a model of random weights says is not worth judging.
         device: as ``load``.
@@ -73,8 +76,8 @@ def quality_matrix(
     for model in models:
         catalog.model(model)
     for precision in precisions:
-        if precision not in [*PLAIN, *WAYS]:
-            raise unknown("precision", precision, [*PLAIN, *WAYS])
+        if precision not in [*PLAIN, *WAYS, KV_CACHE]:
+            raise unknown("precision", precision, [*PLAIN, *WAYS, KV_CACHE])
     check_names(weights, "auto")
     if weights == "random":
         why = "random weights know no verse, whatever their precision"
@@ -106,18 +109,24 @@ def judge(
 
     Arguments as ``quality_matrix``; raises what the method and ``load`` raise.
     """
-    with tempfile.TemporaryDirectory() as home:
-        if precision in PLAIN:
-            how, folder = f"weights as published, computed in {precision}", native_folder(model, weights)
-            lm, tokenizer = load(model, weights, precision, device)
+    cache = fp8_cache if precision == KV_CACHE else None
+    if cache and catalog.model(model).family == "rwkv":
+        what = f"cannot round the KV cache of {model}"
+        raise HelpersError(what, "it has none, but a state of fixed size", "judge another model, or another precision")
+    with scratch_folder() as home:
+        if precision in PLAIN or cache:
+            settings = "keys and values e4m3, scale 1.0" if cache else f"computed in {precision}"
+            how = f"weights as published, {settings}"
+            folder = native_folder(model, weights)
+            lm, tokenizer = load(model, weights, "auto" if cache else precision, device)
         else:
             make, settings, how = WAYS[precision]
             folder = make(model, Path(home) / precision, weights=weights, device=device, **settings)
             lm, tokenizer = load(model, folder, device=device)
         disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         linear = linear_bytes(lm)  # before the first forward, which unpacks w8a8 and fp8
-        ppl = perplexity(lm, tokenizer, [poem.text for poem in poems("held_out")[:unseen]])
-        kept = recited(lm, tokenizer, poems("famous")[:learnt])
+        ppl = perplexity(lm, tokenizer, [poem.text for poem in poems("held_out")[:unseen]], cache=cache)
+        kept = recited(lm, tokenizer, poems("famous")[:learnt], cache)
     about = {
         "held_out_perplexity": (ppl, "perplexity", f"a token, over {unseen} poems it never saw"),
         "disk_bytes": (disk, "bytes", "all files of the folder, tokenizer included"),
