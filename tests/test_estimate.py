@@ -7,8 +7,11 @@ A kind of figure without rows is skipped and says so. Run with ``-rs -s`` to see
 from __future__ import annotations
 
 import json
+import re
 import statistics
+import sys
 from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +21,7 @@ from helpers.catalog.gpus import find_gpu
 from helpers.errors import HelpersError
 from helpers.memory import others, predict
 from helpers.memory.estimate import estimate
-from helpers.memory.parts import BYTES, GIB, MIB, Setting, activations, memory, weight_bytes
+from helpers.memory.parts import BYTES, GIB, MIB, ROWS, Setting, activations, memory, weight_bytes
 from helpers.memory.shapes import CLASSES, shape_of, sized
 
 IDS = list(catalog.models())
@@ -77,7 +80,7 @@ def errors(name, precisions, decoding="default", engine="transformers", but=None
     found = {}
     for row in rows:
         lengths = (row.batch, row.prompt_tokens, row.new_tokens)
-        if (said := predicted(row)) is not None:  # of RWKV's prefill nothing is predicted
+        if (said := predicted(row)) is not None:  # RWKV's prefill is not modelled
             found[row.model, row.precision, row.notebook, lengths] = said / row.value - 1
     held = [abs(error) for (model, *_), error in found.items() if held_out(model)]
     size = [abs(error) for error in found.values()]
@@ -150,7 +153,7 @@ def test_every_default_row_is_in_the_range_of_the_host():
 def test_prefill_speed_within_a_factor_of_two():
     """128 tokens wait for the host as well; attention takes another share of long prompts in each model."""
     found = errors("prefill_speed", ["fp16", "bf16", "nf4", "int8"], but=SLOW_DAY)
-    assert max(map(abs, found.values())) < 1
+    assert {row: error for row, error in found.items() if not 0.5 < 1 + error < 2} == {}
 
 
 def test_prefill_speed_of_long_prompts_within_a_quarter():
@@ -233,15 +236,20 @@ def test_requests_are_what_pytorch_is_asked_for():
             return operation(*args, **(kwargs or {}))
 
     register()
-    for name, (each, beside) in list(predict.REQUESTS.items()):
-        if isinstance(name, int):
-            continue  # RWKV's kernels have no meta device
-        row = next(row for row in catalog.models().values() if row.native_class == name)
-        config = full_config(row)
+    for name, (each, beside) in predict.REQUESTS.items():
+        rows = catalog.models().values()
+        row = next(row for row in rows if name in (row.native_class, getattr(row.shape, "version", None)))
+        config, recurrent = full_config(row), isinstance(name, int)
         config.num_hidden_layers = 3
-        with torch.device("meta"):
-            net = model_class(name)._from_config(config, dtype=torch.bfloat16)
-        token, cache = torch.zeros(1, 1, dtype=torch.long, device="meta"), transformers.DynamicCache(config=config)
+        if recurrent:  # its kernels have no meta device; the sizes have no part in the count
+            config.vocab_size, config.hidden_size, config.attention_hidden_size, config.intermediate_size = [256] * 4
+        device = "cpu" if recurrent else "meta"
+        with torch.device(device):
+            net = model_class(row.native_class)._from_config(config, dtype=torch.bfloat16)
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        cache = None if recurrent else transformers.DynamicCache(config=config)
+        with torch.inference_mode():
+            cache = net(input_ids=token, use_cache=True).past_key_values if recurrent else cache
         with torch.inference_mode(), Count() as count:
             net(input_ids=token, past_key_values=cache, use_cache=True)
         assert count.seen == 3 * each + beside, name
@@ -260,8 +268,6 @@ def test_parts_by_hand():
     sizes = {part.name: part.bytes for part in memory(about, long)[0]}
     assert sizes["KV cache"] == sizes["freed blocks of the growing cache"] == 4000 * 512 * 1024
     assert sizes["one layer's new keys"] == 4000 * 8 * 1024 and sizes["logits"] == 6 * 32000
-    every = Setting("fp16", "transformers", "default", 1, 1000, 1000, all_logits=True)
-    assert {part.name: part.bytes for part in memory(about, every)[0]}["logits of the prompt"] == 6 * 1000 * 32000
 
 
 def test_a_static_cache_is_whole_from_the_start_and_never_copied():
@@ -277,6 +283,42 @@ def test_rwkv_has_a_state_whatever_the_length():
     short, long = (estimate("rwkv-6-7b", context=tokens, prompt_tokens=64, gpu="rtx-4090") for tokens in (100, 4000))
     assert short.total == long.total and "RWKV's state" in {part.name for part in long.components}
     assert long.prefill_tokens_per_s is None and long.decode_tokens_per_s > 0
+    assert any("prefill speed of RWKV is not modelled" in note for note in long.notes)
+    assert not any("recorded yet" in note for note in long.notes)
+    activations = next(part for part in short.components if part.name == "activations")
+    assert activations.source == ROWS and "MLP" not in activations.formula
+    assert any("no RWKV-5 is recorded" in note for note in estimate("rwkv-5-7b").notes)
+
+
+def test_freed_blocks_are_not_needed():
+    """The second cache of default generate is nvidia-smi's, but PyTorch returns it before it gives up."""
+    run = estimate("qwen-7b", "int8", gpu="t4")
+    cached = run.bytes("cached")
+    assert cached > GIB and run.needed == run.total - cached and "needed" in str(run)
+    assert run.longest_context == 8192 == estimate("qwen-7b", "int8", gpu="t4", decoding="static").longest_context
+    room = estimate("qwen-7b", "nf4", "vllm", gpu="h100-sxm")
+    assert room.needed == pytest.approx(room.total - room.bytes("reserved"))
+
+
+def test_no_speed_is_predicted_of_bitsandbytes_in_vllm_until_one_is_recorded():
+    for precision in predict.UNRECORDED_IN_VLLM:
+        assert not catalog.measured(name="decode_speed", engine="vllm", precision=precision), "predict it now"
+        run = estimate("qwen-7b", precision, "vllm", gpu="h100-sxm")
+        assert run.decode_tokens_per_s is run.decode_range is run.bound is None and run.kv_tokens > 0
+        assert any(f"no speed of {precision} in vLLM" in note for note in run.notes)
+    assert estimate("qwen-7b", "gptq-int4", "vllm", gpu="h100-sxm").decode_tokens_per_s > 0
+
+
+def test_a_card_that_is_not_in_the_catalogue_is_told(monkeypatch):
+    module = sys.modules["helpers.memory.estimate"]
+    monkeypatch.setattr(module, "local_gpu_name", lambda: "NVIDIA GeForce RTX 3060")
+    run = estimate("qwen-7b", "nf4")
+    assert run.decode_tokens_per_s is None
+    assert any(
+        "this machine's NVIDIA GeForce RTX 3060 is not in the catalogue: pass gpu=" in note for note in run.notes
+    )
+    monkeypatch.setattr(module, "local_gpu_name", lambda: "Tesla T4")
+    assert estimate("qwen-7b", "nf4").gpu == "t4"
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
@@ -322,6 +364,32 @@ def test_prefill_in_8_bit_is_nearer_at_its_own_rate(precision):
     with_transformers = estimate("qwen-7b", precision, gpu="h100-sxm", batch=32)
     assert with_transformers.prefill_tokens_per_s == estimate("qwen-7b", gpu="h100-sxm", batch=32).prefill_tokens_per_s
     assert any("unpacks" in note for note in with_transformers.notes)
+
+
+STATED = {
+    "01": [("chatglm3-6b", "auto"), ("chatglm3-6b", "nf4")],
+    "02": [("chinese-alpaca-7b", "auto"), ("chinese-alpaca-7b", "nf4")],
+    "03": [("llama2-chinese-7b", "auto"), ("llama2-chinese-7b", "nf4")],
+    "04": [("baichuan2-7b", "auto"), ("baichuan2-7b", "nf4")],
+    "05": [("qwen-7b", "auto"), ("qwen-7b", "nf4")],
+    "06": [("internlm2-7b", "auto"), ("internlm2-7b", "nf4")],
+    "07": [("chatglm-6b", "auto"), ("chatglm-6b", "nf4")],
+    "08": [("baichuan2-13b", "auto"), ("baichuan2-13b", "int8"), ("baichuan2-13b", "nf4")],
+    "09": [("rwkv-6-7b", "auto")],
+    "10": [("qwen3-0.6b", "auto"), ("qwen3-8b", "auto"), ("qwen3-8b", "nf4")],
+    "11": [("qwen-7b", "auto")],
+}
+"""Notebook -> the runs whose VRAM its opening table states, in this order."""
+
+
+@pytest.mark.parametrize("number", STATED)
+def test_the_opening_table_states_what_is_needed(number):
+    (path,) = (Path(__file__).parents[1] / "notebooks").glob(f"{number}_*.ipynb")
+    opening = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+    (line,) = (line for line in opening.splitlines() if line.startswith("| needs"))
+    stated = [int(size) for size in re.findall(r"(\d+) GiB", line)]
+    needed = [estimate(*run, gpu="h100-sxm").needed / GIB for run in STATED[number]]
+    assert all(need <= said < need + 3 for said, need in zip(stated, needed, strict=True)), (stated, needed)
 
 
 def test_what_fits_where():
@@ -405,7 +473,6 @@ def test_it_reads_well_and_needs_no_torch():
     for word in ("scales", "total", "fits on", "longest context", "decode", "tokens/s"):
         assert word in str(run) and word in run._repr_html_()
     import subprocess
-    import sys
 
     code = "import sys; from helpers import estimate; estimate('qwen-7b', gpu='t4'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -95,7 +95,6 @@ class Setting:
     prompt: int
     context: int
     element: int = 2
-    all_logits: bool = False
     group_size: int = 128
     hopper: bool = True
     step: int = STEP_TOKENS[True]
@@ -197,7 +196,9 @@ def activations(about: Sized, run: Setting, tokens: int, hidden_states: int = 4)
 def prefill_parts(about: Sized, run: Setting) -> list[Component]:
     """Return what reading the prompt takes beside weights and KV cache."""
     shape, tokens, element = about.shape, run.batch * run.prompt, run.element
-    parts = [Component("activations", activations(about, run, tokens), "4 hidden states, the MLP's intermediates")]
+    how = {"transformer": ("4 hidden states, the MLP's intermediates", FORMULA)}
+    how["rwkv"] = (f"hidden states of each token, more of {RWKV_SEGMENT}", ROWS)
+    parts = [Component("activations", activations(about, run, tokens), *how[shape.kind])]
     dequantised = {"nf4": element, "int8": FITTED["int8 outlier columns"]}.get(run.precision.removesuffix("-double"), 0)
     # int8 takes columns of the down projection out, nf4 unpacks the largest matrix; an intermediate is not there then
     matrix = shape.hidden_size * shape.ffn_size if run.precision == "int8" else about.largest_matrix()
@@ -207,8 +208,6 @@ def prefill_parts(about: Sized, run: Setting) -> list[Component]:
         parts.append(
             Component("dequantisation workspace", workspace, how, ROWS if run.precision == "int8" else FORMULA)
         )
-    if run.all_logits:
-        parts.append(Component("logits of the prompt", tokens * shape.vocab_size * (element + 4), "16 bit and fp32"))
     if shape.kind == "transformer" and run.decoding != "default":
         mask = run.batch * run.prompt * run.context * (1 + element)
         repeated = 2 * run.batch * run.context * shape.heads * shape.head_dim * element * (shape.heads > shape.kv_heads)

@@ -32,7 +32,7 @@ REQUESTS = {
     4: (39, 4),
     5: (42, 4),
     6: (67, 4),
-    7: (76, 0),
+    7: (76, -3),  # its first layer has no value to blend in
 }
 """Operations that PyTorch is asked for in one decode step: of each layer, and beside. Numbers are RWKV's versions."""
 
@@ -64,6 +64,9 @@ PREFILL_SHARE = 0.55
 
 PREFILL_SOURCE = "whole prompt at once; above some hundred tokens bound by compute"
 
+UNRECORDED_IN_VLLM = ("int8", "nf4", "nf4-double")
+"""bitsandbytes' kernels in vLLM: no row says what they cost beside the reading, so no decode speed is predicted."""
+
 MULTIPLIED_IN = {"fp8": "fp8", "w8a8": "int8"}
 """Precisions whose activations are quantised too, and the number format that tensor cores then multiply. (In vLLM;
 transformers unpacks such weights to 16 bit at their first use.)"""
@@ -79,8 +82,10 @@ class Decode:
     bound: str
 
 
-def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode:
-    """Predict decode speed; launch-bound speeds come with the range that one host showed."""
+def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode | None:
+    """Predict decode speed; launch-bound speeds come with the range that one host showed. None where ``unrecorded``."""
+    if unrecorded(run):
+        return None
     work = decode_work(
         about,
         run.precision,
@@ -102,6 +107,11 @@ def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode:
     return Decode(speeds[""], speeds[", most"], speeds[", least"], bound)
 
 
+def unrecorded(run: Setting) -> bool:
+    """Tell whether no speed of this kind was ever recorded."""
+    return run.engine == "vllm" and run.precision in UNRECORDED_IN_VLLM
+
+
 def kernel_seconds(about: Sized, run: Setting) -> float:
     """Return the seconds that the kernels of one step take to begin and end, when the device need not wait for them."""
     layers = about.shape.layers
@@ -120,7 +130,10 @@ def requests(about: Sized) -> tuple[int, int]:
 
 
 def prefill_tokens_per_s(about: Sized, run: Setting, card: Gpu) -> float | None:
-    """Predict how many prompt tokens a second one forward pass reads; None for RWKV, of which nothing is recorded."""
+    """Predict how many prompt tokens a second one forward pass reads; None for RWKV.
+
+    Its time goes into chunks of tokens, one after another (helpers/native/own/rwkv.py), which is not modelled.
+    """
     if about.shape.kind == "rwkv":
         return None
     work = prefill_work(about, run.precision, run.batch, run.prompt)
