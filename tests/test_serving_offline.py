@@ -14,23 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import load
+from helpers import catalog, load
 from helpers.errors import HelpersError
 from helpers.serving import offline
-from helpers.serving.command import Job
+from helpers.serving.command import NOT_IN_VLLM, Job
 from helpers.serving.launch import is_cpu_build
 
 pytest.importorskip("vllm")
 
 ROOT = Path(__file__).parent.parent
-MODELS = {"chatglm3-6b": "GLM", "qwen-7b": "Qwen2", "baichuan2-7b": "Llama", "baichuan2-13b": "ALiBi"}
+SERVED = {id: row for id, row in catalog.models().items() if row.native_class and row.native_class not in NOT_IN_VLLM}
+MODELS = [id for id, row in SERVED.items() if row.stand_in == id]
+"""Every family: each model that vLLM has a class for and that has a stand-in of its own."""
 PROMPTS = ["背诵《静夜思》", "《春晓》的作者是谁", "下一句：白日依山尽，"]
 TOKENS = 40
 
 PROGRAM = """
 import json, os, sys
 import psutil, torch
-from helpers import offline_engine
+from helpers import catalog, offline_engine
 
 prompts, tokens = json.loads(sys.argv[1]), int(sys.argv[2])
 before, said, memory, set_threads = dict(os.environ), {}, [], torch.set_num_threads
@@ -38,8 +40,12 @@ for model in sys.argv[3:]:
     with offline_engine(model) as engine:
         from vllm import SamplingParams
 
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        answers = engine.chat(chats, SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
+        greedy = SamplingParams(temperature=0, max_tokens=tokens)
+        if catalog.model(model).chat_format == "none":
+            answers = engine.generate(prompts, greedy, use_tqdm=False)
+        else:
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            answers = engine.chat(chats, greedy, use_tqdm=False)
         said[model] = [list(answer.outputs[0].token_ids) for answer in answers]
         during = psutil.Process().memory_info().rss
     memory.append([during, psutil.Process().memory_info().rss])
@@ -59,12 +65,19 @@ def result():
     return json.loads(lines[0].removeprefix("RESULT"))
 
 
-@pytest.mark.parametrize("model", MODELS, ids=MODELS.values())
+def test_every_class_that_vllm_is_given_is_compared():
+    assert {SERVED[model].native_class for model in MODELS} == {row.native_class for row in SERVED.values()}
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_greedy_tokens_are_those_of_transformers(result, model):
     lm, tokenizer = load(model)
     for prompt, said in zip(PROMPTS, result["said"][model], strict=True):
-        turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        if catalog.model(model).chat_format == "none":
+            ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        else:
+            turns, how = [{"role": "user", "content": prompt}], {"return_tensors": "pt", "return_dict": True}
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **how)
         with torch.inference_mode():
             wanted = lm.generate(**ids, max_new_tokens=TOKENS)[0, ids["input_ids"].shape[1] :].tolist()
         assert said == wanted and len(said) > 1
