@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from datetime import date, timedelta
@@ -122,12 +123,39 @@ def test_a_recipe_is_a_script_that_names_one_version(recipe):
     )
     if bash := shutil.which("bash"):
         subprocess.run([bash, "-n"], input=recipe.script, text=True, check=True)
-    assert ":latest" not in recipe.script and "blob/main/latest" not in recipe.source
+    assert ":latest" not in recipe.script
+    assert not re.search("/(blob|tree)/(main|master)/", recipe.source), "its options may change under it"
+    pinned = re.search(r"==\d|:v?\d[\d.]+ |--branch v\d|\b[0-9a-f]{40}\b", recipe.get)
+    assert pinned or "not pinned" in recipe.get
 
 
-def test_a_recipe_that_is_a_server_listens_on_loopback_or_is_told_nothing_else():
-    for id in ("tgi", "tensorrt-llm", "mlc-llm", "lightllm"):  # the others do so unless told otherwise
-        assert " 127.0.0.1 " in RECIPES[id].start, id
+def test_one_recipe_cannot_be_pinned():
+    assert [id for id, recipe in RECIPES.items() if "not pinned" in recipe.get] == ["mlc-llm"]
+
+
+def test_every_server_of_a_recipe_answers_this_machine_alone():
+    servers = {id: recipe.listens for id, recipe in RECIPES.items() if framework(id).openai_api}
+    assert [id for id, recipe in RECIPES.items() if recipe.listens] == list(servers)
+    for id, listens in servers.items():
+        assert listens.because.endswith("127.0.0.1") or listens.otherwise == "127.0.0.1", id
+        assert not re.search("/(blob|tree)/(main|master)/", listens.source), id
+
+
+NAMED = {
+    "Llama": {"llama", "baichuan", "internlm2"},  # the converted class
+    "Qwen2": {"qwen"},
+    "LLaMA": {"llama"},  # the published checkpoint
+    "ChatGLM": {"chatglm"},
+    "Baichuan": {"baichuan"},
+    "RWKV": {"rwkv"},
+    "GGUF": set(framework("llama.cpp").models),
+}
+
+
+@pytest.mark.parametrize("id", RECIPES)
+def test_a_recipe_takes_what_its_row_says(id):
+    named = {family for word, families in NAMED.items() if word in RECIPES[id].takes for family in families}
+    assert named == set(framework(id).models)
 
 
 def test_the_catalogue_cannot_be_changed_by_its_users():
@@ -182,6 +210,10 @@ def test_a_recipe_unchecked_for_a_year_is_stale(tmp_path):
         ("inferllm", "last_release: 2024-04", "last_release: 2026-04", "dormant, but its last release was 7 months"),
         ("inferllm", "-t 4 -v 2", "-t 4 -x 2", "inferllm.recipe: options: ['-v', '-x'] stand in only one"),
         ("tgi", "--hostname 127.0.0.1", "--hostname 0.0.0.0", "'0.0.0.0' opens the service to the network"),
+        ("tgi", "--hostname 127.0.0.1", "--hostname ::", "'::' opens the service to the network"),
+        ("tgi", "because: --hostname 127.0.0.1", "because: default", "its default is every address"),
+        ("openllm", "export BENTOML_HOST=127.0.0.1", "export A=1", "the script does not say 'BENTOML_HOST=127.0.0.1'"),
+        ("jittorllms", "openai_api: false", "openai_api: true", "recipe.listens: missing, but it serves"),
         ("tgi", "--network host", "-p 8080:8080", "'-p ' opens the service to the network"),
         ("text-generation-webui", "--threads 4", "--listen", "options: ['--listen', '--threads']"),
         ("inferllm", "month: 2026-11", "month: 2026-13", "seen.month: String should match"),

@@ -1,6 +1,7 @@
 """Asking engines in processes of their own (helpers/frameworks/compare.py), and AirLLM as one of them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,36 @@ def test_unknown_names_list_the_valid_ones():
 def test_a_missing_environment_says_how_to_make_it(monkeypatch):
     monkeypatch.setattr(compare, "SERIES", Path("nowhere"))
     assert compare.why_not("airllm") == "there is no .venv-frameworks: run make frameworks"
-    assert compare.why_not("vllm") == "there is no .venv: run make setup"
     with pytest.raises(HelpersError, match=r"cannot ask airllm: there is no .venv-frameworks\. Run make frameworks"):
         compare.prepare("airllm", "fp32", "x", "y")
+
+
+def test_without_an_environment_of_the_series_the_python_that_asks_is_taken(monkeypatch):
+    monkeypatch.setattr(compare, "SERIES", Path("nowhere"))  # as in Colab and conda
+    assert compare._python("transformers") == compare._python("vllm") == Path(sys.executable)
+    assert compare.why_not("transformers") is None
+
+
+def test_without_proc_the_ram_is_still_measured(monkeypatch):
+    seen = compare._memory("VmRSS")
+    monkeypatch.setattr(compare, "STATUS", Path("nowhere"))  # as on macOS and Windows
+    assert compare._memory("VmHWM") == pytest.approx(seen, rel=0.2)
+
+
+def test_a_vllm_for_cuda_is_left_out(monkeypatch):
+    cuda = lambda engine, expression: "is_cpu_build" not in expression  # noqa: E731
+    monkeypatch.setattr(compare, "_is_true", cuda)
+    assert compare.why_not("vllm").startswith("its vLLM is built for CUDA: ")
+    assert compare.why_not("transformers") is None
+
+
+def test_what_is_asked_about_vllm_can_be_asked():
+    import importlib.util
+
+    from helpers.serving.launch import is_cpu_build
+
+    here = importlib.util.find_spec("vllm") is not None and is_cpu_build()
+    assert (compare.why_not("vllm") is None) == here
 
 
 @pytest.mark.parametrize(

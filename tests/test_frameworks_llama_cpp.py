@@ -50,7 +50,7 @@ from pathlib import Path
 from helpers import load
 from helpers.checkpoints.load import native_folder
 from helpers.checkpoints.make.poems import read
-from helpers.frameworks import llama_cpp as llama
+from helpers.frameworks import llama_cpp as llama, perplexity_of
 from helpers.quantization.quality import perplexity
 
 work = Path({str(tmp_path_factory.mktemp("gguf"))!r})
@@ -75,7 +75,7 @@ for model in {MODELS}:
         one["cut_there"] = [gguf.tokenize(text)[len(one["adds"]):] for text in samples]
         one["difference"] = float((torch.from_numpy(gguf.logits(asked)) - logits).abs().max())
         one["said_there"] = gguf.greedy(asked, 40)
-        one["f32"] = llama.perplexity(gguf, tokenizer, texts)
+        one["f32"] = perplexity_of(gguf.logits, tokenizer, texts)
     kinds = {KINDS} if model in ("qwen-7b", "chatglm3-6b") else ["Q8_0"]
     if len(kinds) > 1:
         file = llama.to_gguf(llama.widen(folder, work / f"wide-{{model}}"), work / f"wide-{{model}}.gguf", "f32")
@@ -84,7 +84,7 @@ for model in {MODELS}:
     for kind in kinds:
         small = llama.quantize(file, work / f"{{kind}}-{{model}}.gguf", kind)
         with llama.Gguf(small) as gguf:
-            one[kind] = llama.perplexity(gguf, tokenizer, texts)
+            one[kind] = perplexity_of(gguf.logits, tokenizer, texts)
         one[kind + " types"] = sorted({{tensor.type for tensor in llama.tensors(small)}})
         one[kind + " bits"] = llama.bits_per_weight(small)
 print(json.dumps(found))
@@ -319,6 +319,27 @@ print(json.dumps([said, sorted(file.name for file in work.iterdir())]))
     ], strict=True):  # fmt: skip
         assert words.lower() in line.lower() and "\n" not in line, line
     assert files == ["f16.gguf", "half.gguf", "q8.gguf"]
+
+
+def test_a_context_without_room_is_one_line(tmp_path):
+    said = there(f"""
+import json, re, resource
+from pathlib import Path
+from helpers import HelpersError
+from helpers.checkpoints.load import native_folder
+from helpers.frameworks import llama_cpp as llama
+file = llama.to_gguf(native_folder("qwen-7b"), Path({str(tmp_path)!r}) / "f16.gguf")
+llama.Gguf(file).close()
+taken = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, resource.RLIM_INFINITY))
+try:
+    llama.Gguf(file, context=10**6)  # a KV cache of 2 GB
+except HelpersError as error:
+    print(json.dumps(str(error)))
+""")
+    assert re.fullmatch(
+        r"no room for a context of 1,000,000 tokens: .*(allocate|bad_alloc).* Take a smaller one\.", said
+    )
 
 
 def test_glm_is_given_what_the_converter_would_guess():

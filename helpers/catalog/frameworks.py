@@ -43,6 +43,7 @@ ALIVE_MONTHS = 12
 """A project whose newest release was older than this on the day it was looked up is not called active."""
 
 OPTION = re.compile(r"(?<!\S)--?[A-Za-z][\w-]*")
+HOST = re.compile(r"(?:--host|--hostname|--server-name|\bBENTOML_HOST)[ =](\S+)")
 OUTSIDE = re.compile(r"0\.0\.0\.0|--listen\b|--share\b|--public-api|-p (?!127\.0\.0\.1:)|trust.remote.code")
 """What no command of this series says: answer to the whole network, or run code that came with a checkpoint."""
 
@@ -73,15 +74,30 @@ class Seen(Fact):
     what: str = Field(min_length=1)
 
 
+class Listens(Fact):
+    """Why a recipe's server answers this machine alone.
+
+    Attributes:
+        because: the words of the script that say so, or ``"default"``.
+        otherwise: where it answers if nothing is said, as ``source`` has it.
+    """
+
+    because: str = Field(min_length=1)
+    otherwise: Literal["127.0.0.1", "localhost", "every address"]
+    source: Https
+
+
 class Recipe(Fact):
     """How a framework that no notebook of this series starts would be started; an option was looked up in its source.
 
     Attributes:
         why: whether to take it today, and why or why not.
         takes: what it can load of this series.
-        get: shell lines that fetch one pinned version: a container up to its arguments, a wheel, a build.
+        get: shell lines that fetch one pinned version, or say "not pinned": a container up to its arguments, a wheel,
+            a build.
         start: the command line of the framework itself. Together with ``get`` one script.
         options: every option of ``start``, each found in ``source``.
+        listens: where it answers; ``None`` for a program that opens no port.
         version: tag, release or commit that was read there.
         ran: what of it was run here, and when; ``None`` if nothing was.
     """
@@ -91,6 +107,7 @@ class Recipe(Fact):
     get: str = Field(min_length=1)
     start: str = Field(min_length=1)
     options: tuple[str, ...]
+    listens: Listens | None
     version: str = Field(min_length=1)
     source: Https
     checked: Day
@@ -111,7 +128,20 @@ class Recipe(Fact):
             raise ValueError(f"options: {sorted(used ^ set(self.options))} stand in only one of start and options")
         if open_to_all := OUTSIDE.search(self.script):
             raise ValueError(f"{open_to_all[0]!r} opens the service to the network, or runs a checkpoint's code")
+        if others := [host for host in HOST.findall(self.script) if host != "127.0.0.1"]:
+            raise ValueError(f"{others[0]!r} opens the service to the network")
         return self
+
+    @model_validator(mode="after")
+    def _listens_on_this_machine(self) -> Recipe:
+        if self.listens and self.listens.because == "default" and self.listens.otherwise == "every address":
+            raise ValueError("listens: its default is every address, and the script says nothing else")
+        if self.listens and self.listens.because not in ("default", *self._said()):
+            raise ValueError(f"listens: the script does not say {self.listens.because!r}")
+        return self
+
+    def _said(self) -> list[str]:
+        return [found[0] for found in HOST.finditer(self.script)]
 
 
 class Framework(Fact):
@@ -123,7 +153,8 @@ class Framework(Fact):
         version: the newest release known here; ``None`` if it never had one.
         last_release: year and month of that release, or of the last commit where there is none.
         openai_api: it serves the OpenAI protocol (``/v1/chat/completions``).
-        models: model lines of this series that it runs, converted where need be; named as in helpers/native.
+        models: model lines of this series that it runs, converted where need be; named as in helpers/native; empty
+            where it takes none of them.
         use_instead: ids of frameworks to take today; must be given for one in maintenance, dormant or archived.
         seen: what ran on our own machines; ``None`` if nothing was tried or possible.
         recipe: how to start it, for a framework that has no hands-on notebook here.
@@ -144,7 +175,7 @@ class Framework(Fact):
     streaming: bool
     openai_api: bool
     hardware: tuple[str, ...] = Field(min_length=1)
-    models: tuple[Literal["chatglm", "baichuan", "qwen", "internlm2", "llama", "rwkv"], ...] = Field(min_length=1)
+    models: tuple[Literal["chatglm", "baichuan", "qwen", "internlm2", "llama", "rwkv"], ...]
     claims: tuple[Claim, ...] = ()
     use_instead: tuple[str, ...] = ()
     seen: Seen | None
@@ -171,6 +202,12 @@ class Framework(Fact):
     def _says_where_to_go(self) -> Framework:
         if self.status in ("maintenance", "dormant", "archived") and not self.use_instead:
             raise ValueError(f"use_instead: missing, but the project is {self.status}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_says_where_it_listens(self) -> Framework:
+        if self.openai_api and self.recipe and not self.recipe.listens:
+            raise ValueError("recipe.listens: missing, but it serves")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 from ..errors import HelpersError, unknown
 
 SERIES = Path(__file__).parents[2]
+STATUS = Path("/proc/self/status")
 
 Stream = Callable[[list[int], int], Iterator[int]]
 """From prompt ids and the most new ids to the new ids, each as soon as it is known."""
@@ -63,7 +63,8 @@ class Answers:
         speed: new ids a second over all prompts, from the question to the last id.
         load_seconds: from the libraries' import to the first question.
         libraries: bytes of RAM after the import, before anything is loaded.
-        peak: most bytes of RAM from there on, the libraries included.
+        peak: most bytes of RAM from there on, the libraries included; outside Linux the most that a look every
+            hundredth of a second has seen.
         trace: RAM while it loaded and answered, as (seconds, bytes).
     """
 
@@ -89,9 +90,11 @@ def why_not(engine: str) -> str | None:
     how = "make setup" if row.environment == ".venv" else "make frameworks"
     if not _python(engine).exists():
         return f"there is no {row.environment}: run {how}"
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({row.module!r}) is None)"
-    found = subprocess.run([_python(engine), "-c", code], check=False, capture_output=True)
-    return f"{row.environment} has no {row.module}: run {how}" if found.returncode else None
+    if not _is_true(engine, f"__import__('importlib.util').util.find_spec({row.module!r})"):
+        return f"{row.environment} has no {row.module}: run {how}"
+    if engine == "vllm" and not _is_true(engine, "__import__('helpers.serving.launch').serving.launch.is_cpu_build()"):
+        return "its vLLM is built for CUDA: the engines are compared on a CPU, so leave it out"
+    return None
 
 
 def prepare(engine: str, precision: str, folder: str | Path, target: str | Path) -> Path:
@@ -131,8 +134,8 @@ def answer(
         new_tokens: most new ids of an answer.
         stops: ids that end an answer.
         warm_up: answer the first prompt once before the clock runs.
-        cap: bytes that the process may take on top of what its libraries have (RLIMIT_DATA; a file mapped to be
-            written to counts); without a limit when None.
+        cap: bytes that the process may take on top of what its libraries have (RLIMIT_DATA, on Linux; a file mapped to
+            be written to counts); without a limit when None.
 
     Raises:
         HelpersError: the engine is not there, or fails; its last line is told.
@@ -161,7 +164,16 @@ def first_difference(ids: Sequence[int], reference: Sequence[int]) -> int | None
 
 
 def _python(engine: str) -> Path:
-    return SERIES / ENGINES[engine].environment / "bin" / "python"
+    """Return an engine's Python; where the series has no .venv (Colab, conda, Windows), the one that asks."""
+    python = SERIES / ENGINES[engine].environment / "bin" / "python"
+    return Path(sys.executable) if ENGINES[engine].environment == ".venv" and not python.exists() else python
+
+
+def _is_true(engine: str, expression: str) -> bool:
+    """Tell whether an expression is true in an engine's Python."""
+    code = f"raise SystemExit(not {expression})"
+    settings = os.environ | {"PYTHONPATH": str(SERIES)}
+    return subprocess.run([_python(engine), "-c", code], check=False, capture_output=True, env=settings).returncode == 0
 
 
 def _child(engine: str, task: str, job: dict[str, Any]) -> Any:
@@ -238,6 +250,8 @@ def _answer(
     load = LOADERS[engine]
     _import(engine)
     if cap is not None:
+        import resource  # Unix alone has it
+
         resource.setrlimit(resource.RLIMIT_DATA, (_memory("VmData") + cap, resource.RLIM_INFINITY))
     libraries, start = _memory("VmRSS"), time.perf_counter()
     with suppress(OSError):
@@ -282,9 +296,15 @@ def _write(stream: Stream, prompt: list[int], most: int, stops: list[int]) -> tu
 
 
 def _memory(field: str) -> int:
-    """Read a line of this process's status: VmRSS is the RAM in use now, VmHWM the most since the last reset."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+    """Return bytes of this process: VmRSS is the RAM in use now, VmHWM the most since the last reset, VmData its data.
+
+    Only Linux tells them apart; elsewhere each is the RAM in use now.
+    """
+    if not STATUS.exists():
+        import psutil
+
+        return psutil.Process().memory_info().rss
+    return 1024 * int(STATUS.read_text(encoding="utf-8").partition(f"{field}:")[2].split()[0])
 
 
 def _watch(trace: list[tuple[float, int]], over: threading.Event) -> None:

@@ -144,7 +144,7 @@ def version() -> str:
 
 def reason() -> str:
     """Return the first line of ``said`` that tells of an error, without the name of the function that says it."""
-    told = [line.strip() for line in said if re.search("error|fail|invalid|unknown|disabled", line)]
+    told = [line.strip() for line in said if re.search("error|fail|invalid|unknown|disabled|bad_alloc", line)]
     return re.sub(r"^\w+: ", "", told[0]).rstrip(".") if told else "llama.cpp does not say why"
 
 

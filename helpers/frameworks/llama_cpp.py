@@ -29,13 +29,12 @@ from .to_gguf import SUPER_BLOCK, to_gguf, widen
 
 __all__ = [
     "KINDS", "SUPER_BLOCK", "Gguf", "Running", "Tensor",
-    "bits_per_weight", "full_size", "perplexity", "quantize", "served", "tensors", "to_gguf", "widen",
+    "bits_per_weight", "full_size", "quantize", "served", "tensors", "to_gguf", "widen",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy as np
     from openai import OpenAI
-    from transformers import PreTrainedTokenizerFast
 
 KINDS = {"Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10, "Q5_0": 8, "Q4_0": 2}
 """The kinds of file ``quantize`` writes, with their numbers in llama.h (enum llama_ftype)."""
@@ -138,7 +137,7 @@ class Gguf:
         context: tokens it can hold.
 
     Raises:
-        HelpersError: llama.cpp cannot read it.
+        HelpersError: llama.cpp cannot read it, or has no room for the context.
     """
 
     def __init__(self, file: str | Path, context: int = 512) -> None:
@@ -152,7 +151,11 @@ class Gguf:
         settings.n_threads = settings.n_threads_batch = threads(file)
         settings.type_k = settings.type_v = 0  # the KV cache in fp32; llama.cpp's default is fp16
         settings.flash_attn_type = 0  # its flash attention computes in fp16 on a CPU, and the logits are to be compared
+        said.clear()
         self._context = self._lib.llama_init_from_model(self._model, settings)
+        if not self._context:
+            self._lib.llama_model_free(self._model)
+            raise HelpersError(f"no room for a context of {context:,} tokens", reason(), "take a smaller one")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._vocab)
 
@@ -226,31 +229,6 @@ class Gguf:
             raise HelpersError("llama.cpp cannot read this", reason(), "convert the model again with to_gguf")
         rows = len(ids) if every else 1
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (rows, self.vocab_size)).copy()
-
-
-def perplexity(lm: Gguf, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
-    """Return the perplexity per token of texts, counted as ``helpers.quantization.perplexity`` does.
-
-    Args:
-        lm: the loaded file.
-        tokenizer: the native folder's, so that both count the same tokens.
-        texts: each shorter than the file's context.
-    """
-    import numpy as np
-
-    opening = tokenizer("").input_ids
-    total = count = 0
-    for text in texts:
-        ids = [*opening, *tokenizer(text, add_special_tokens=False).input_ids]
-        first = max(1, len(opening))
-        if len(ids) <= first:
-            continue
-        logits = lm.logits(ids)[first - 1 : -1].astype(np.float64)
-        largest = logits.max(axis=1, keepdims=True)
-        chosen = logits[np.arange(len(logits)), ids[first:]] - largest[:, 0]
-        total -= (chosen - np.log(np.exp(logits - largest).sum(axis=1))).sum()
-        count += len(logits)
-    return math.exp(total / count)
 
 
 # --- the server
