@@ -170,6 +170,8 @@ def _output(output, compared):
             yield f"picture without alt text: {image[:40]}"
     if PRIVATE_PATH.search(text):
         yield "stored output with an absolute path"
+    if "left out: " in text:
+        yield "stored where something that it needs was missing"
     is_figure = METADATA_KEY in output.get("metadata", {})
     if compared and not is_figure and re.search(r"\d (tokens/s|GB/s|TFLOPS|ms|seconds)\b", text):
         yield "a speed or a time in the output that record() did not print"
@@ -227,6 +229,7 @@ BREAKS = [
     (output("error", ename="KeyError", evalue="", traceback=[]), "stored error KeyError"),
     (output("stream", text="12.3 tokens/s\n"), "record() did not print"),
     (output("stream", text="/" + "root/x.py\n"), "stored output with an absolute path"),
+    (output("stream", text="mnn: left out: there is no .venv-frameworks\n"), "was missing"),
     (output("display_data", {"image/png": "AA"}), "show it with show("),
     (output("display_data", {"text/html": "<img src='x'>"}), "picture without alt text"),
     (output("display_data", {"application/vnd.jupyter.widget-view+json": {}}), "stored widget"),
