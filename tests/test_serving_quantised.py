@@ -39,12 +39,27 @@ def run(sources, name, **names):
     return SimpleNamespace(**{key: value for key, value in names.items() if key.isidentifier()})
 
 
-@pytest.mark.parametrize(("file", "owner"), LEAST, ids=[owner for _, owner in LEAST])
-def test_least_capability_is_that_of_the_installed_vllm(sources, file, owner):
+def of_vllm(file):
+    """Return the source of a file of the installed vLLM, relative to its model_executor."""
     package = importlib.util.find_spec("vllm")
     if package is None:
         pytest.skip("vLLM is not installed")
-    text = (Path(package.submodule_search_locations[0]) / "model_executor" / file).read_text(encoding="utf-8")
+    return (Path(package.submodule_search_locations[0]) / "model_executor" / file).read_text(encoding="utf-8")
+
+
+def test_gptq_begins_where_marlin_does_whatever_its_config_says(sources):
+    """AutoGPTQConfig and ExLlama would do from 6.0 on, but a layer asks for Marlin before it chooses a kernel."""
+    layer = of_vllm("layers/quantization/auto_gptq.py").partition("\nclass AutoGPTQLinearMethod")[2]
+    assert "verify_marlin_supported(" in layer.partition("def create_weights")[0]
+    asked = of_vllm("layers/quantization/utils/marlin_utils.py").partition("def query_marlin_supported_quant_types")[2]
+    least = int(re.search(r"if device_capability < (\d+):\n +return \[\]", asked)[1]) / 10
+    rules = run(sources, "RULES").RULES
+    assert min(first for name, first, *_ in rules if name == "gptq, awq") == least
+
+
+@pytest.mark.parametrize(("file", "owner"), LEAST, ids=[owner for _, owner in LEAST])
+def test_least_capability_is_that_of_the_installed_vllm(sources, file, owner):
+    text = of_vllm(file)
     body = text[re.search(rf"^class \w*{owner}\b", text, re.MULTILINE).start() :]
     least = int(re.search(r"def get_min_capability\(.*?return (\d+)", body, re.DOTALL)[1]) / 10
     kind, word = LEAST[file, owner]
