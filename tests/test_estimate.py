@@ -337,6 +337,7 @@ def test_vllm_fills_its_reservation():
     run = estimate("chatglm3-6b", "fp16", "vllm", gpu="h100-sxm")
     assert run.total == pytest.approx(0.92 * (catalog.gpu("h100-sxm").usable_gib - 0.477) * GIB)
     assert run.largest_batch == run.kv_tokens // 2048
+    assert run.components[-1].formula.startswith("0.92 of the card")
 
 
 def test_an_fp8_cache_of_vllm_is_half_as_large():
