@@ -106,6 +106,16 @@ def test_equal_steps_taken_in_one_go_are_as_if_taken_one_by_one():
     assert often.last - work.arrival == pytest.approx(in_one_go.e2e)
 
 
+def test_replicas_asked_only_when_their_load_may_have_changed_are_as_if_asked_each_time(monkeypatch):
+    work = workload(30, 60, 200, 40, 1.0, 1000, seed=5)  # some answers are one token, and the cache fills up
+    engine = Engine({1: 0.01, 16: 0.03}, 2e4, 16, 3000)
+    now_and_then = simulate(engine, work, 3, "least-loaded")
+    monkeypatch.setattr(capacity._Replica, "due", lambda replica: -math.inf)
+    each_time = simulate(engine, work, 3, "least-loaded")
+    for name in ("ttft", "e2e", "utilisation", "sequences"):
+        assert getattr(now_and_then, name) == pytest.approx(getattr(each_time, name)), name
+
+
 def test_kv_cache_is_never_overdrawn(monkeypatch):
     most, let_in = [], capacity._Replica._let_in
 

@@ -161,12 +161,17 @@ def simulate(engine: Engine, work: Workload, replicas: int = 1, routing: str = "
         raise HelpersError("cannot simulate this workload", why, "take shorter requests, or a card with more memory")
     answering = [_Replica(engine, work) for _ in range(replicas)]
     chosen = np.arange(len(work.arrival)) % replicas
+    loads, due = [0] * replicas, [math.inf] * replicas
     for request, now in enumerate(work.arrival.tolist()):
         if routing == "least-loaded":
-            for each in answering:
-                each.advance(now)
-            chosen[request] = min(range(replicas), key=lambda one: answering[one].load())
-        answering[chosen[request]].add(request, now)
+            for one in range(replicas):
+                if due[one] < now:  # before that its load stays, and it need not be asked
+                    answering[one].advance(now)
+                    loads[one], due[one] = answering[one].load(), answering[one].due()
+            chosen[request] = min(range(replicas), key=loads.__getitem__)
+        each = answering[chosen[request]]
+        each.add(request, now)
+        loads[chosen[request]], due[chosen[request]] = each.load(), each.due()
     for each in answering:
         each.advance(math.inf)
     first, last = (sum(getattr(each, name) for each in answering) for name in ("first", "last"))  # 0 where not its own
@@ -192,6 +197,14 @@ class _Replica:
     def load(self) -> int:
         """Count the requests in queue and batch."""
         return len(self.waiting) + len(self.running)
+
+    def due(self) -> float:
+        """Return when the next step begins that may end a request."""
+        if self.waiting and self._has_room():  # for one that may be done at once
+            return self.clock
+        if not self.running:
+            return math.inf
+        return self.clock + (self.running[0][0] - self.steps - 1) * self.engine.steps[len(self.running)]
 
     def add(self, request: int, now: float) -> None:
         """Queue a request; one that comes during a step waits for its end."""
@@ -224,16 +237,20 @@ class _Replica:
     def _let_in(self) -> tuple[list[int], int]:
         """Move requests from queue to batch while there is room; return them, and the tokens of their prompts."""
         new, read = [], 0
-        while self.waiting and len(self.running) < self.engine.max_num_seqs:
+        while self.waiting and self._has_room():
             request = self.waiting[0]
-            prompt, whole = self.prompt[request], self.prompt[request] + self.answer[request]
-            if self.kv + whole > self.engine.kv_tokens or (new and read + prompt > self.engine.step_tokens):
+            if new and read + self.prompt[request] > self.engine.step_tokens:
                 break
             new.append(self.waiting.popleft())
             heapq.heappush(self.running, (self.steps + self.answer[request], request))
-            self.kv += whole
-            read += prompt
+            self.kv += self.prompt[request] + self.answer[request]
+            read += self.prompt[request]
         return new, read
+
+    def _has_room(self) -> bool:
+        """Tell whether there is a place, and room in the KV cache, for the first in the queue."""
+        whole = self.prompt[self.waiting[0]] + self.answer[self.waiting[0]]
+        return len(self.running) < self.engine.max_num_seqs and self.kv + whole <= self.engine.kv_tokens
 
 
 def replicas_needed(
