@@ -145,6 +145,7 @@ def version() -> str:
 def reason() -> str:
     """Return the first line of ``said`` that tells of an error, without the name of the function that says it."""
     told = [line.strip() for line in said if re.search("error|fail|invalid|unknown|disabled|bad_alloc", line)]
+    told = [line for line in told if " = " not in line]  # a setting, e.g. "flash_attn = disabled"
     return re.sub(r"^\w+: ", "", told[0]).rstrip(".") if told else "llama.cpp does not say why"
 
 
