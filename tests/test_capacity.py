@@ -322,3 +322,8 @@ def test_rows_of_this_repository_are_taken_where_there_are_any():
         recorded = [row for row in recorded if row.device == "NVIDIA H100 80GB HBM3" and row.weights == "random"]
         if len({row.batch for row in recorded if row.precision == catalog.model(model).dtype}) > 1:
             assert engine_on("h100-sxm", model)[1] == "recorded"
+
+
+def test_a_precision_of_which_no_speed_is_predicted_is_refused():
+    with pytest.raises(HelpersError, match="cannot say how fast qwen-7b is in nf4: no speed of this precision in vLLM"):
+        engine_on("h100-sxm", "qwen-7b", "nf4")
