@@ -18,7 +18,7 @@ SERIES = [path for path in SERIES if ".ipynb_checkpoints" not in path.parts]
 OTHER_PARAMETERS = {
     "00": {"model": "chatglm3-6b", "tokens": 8192},
     "01": {"model": "chatglm2-6b", "precision": "int8"},
-    "02": {"precision": "nf4"},
+    "02": {"model": "chinese-alpaca-plus-7b", "precision": "nf4"},
     "03": {"model": "atom-7b", "precision": "int8"},
     "04": {"model": "baichuan-7b", "precision": "nf4"},
     "05": {"precision": "int8"},
