@@ -25,7 +25,8 @@ SHAPE = TransformerShape(
 )  # fmt: skip
 ROW = SimpleNamespace(
     id="m", shape=SHAPE, parameters=sum(SHAPE.count_parameters().values()), weight_bytes=12_487_168_064, dtype="fp16",
-    native_config=None, largest_file=None, stand_in=None, name="M", native_class="GlmForCausalLM", context=8192, adapters=None,
+    native_config=None, largest_file=None, stand_in=None, name="M", native_class="GlmForCausalLM", context=8192,
+    adapters=None,
 )  # fmt: skip
 
 
