@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from helpers import catalog, common, memory_bar, record, show
 from helpers.errors import HelpersError
 from helpers.memory.work import decode_work
-from helpers.report import Table, describe_parts, harvest, recorded
+from helpers.report import LivePicture, Table, describe_parts, harvest, recorded
 from helpers.report.headline import DEVICE, WAYS, recorded_parts, recorded_speeds, speeds
 from helpers.report.record import METADATA_KEY, figure, format_value
 
@@ -170,6 +170,19 @@ def test_pictures_carry_their_text(monkeypatch):
     first, second = (data["text/html"] for data in published)
     assert 'alt="a &quot;falling&quot; line &lt; 3"' in first and published[0]["text/plain"] == 'a "falling" line < 3'
     assert first != second and sanitised(first) == sanitised(second)  # nbval sees the same, whatever was drawn
+
+
+def test_a_live_picture_keeps_its_place(monkeypatch):
+    published = []
+    monkeypatch.setattr("helpers.report.plots.in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.publish_display_data", lambda data, **place: published.append((data, place)))
+    one, other = LivePicture(), LivePicture()
+    for live, alt in ((one, "half"), (other, "else"), (one, "whole")):
+        live.show(Figure((2, 2)), alt=alt)
+    places = [place["transient"]["display_id"] for _, place in published]
+    assert places[0] == places[2] != places[1]
+    assert [place["update"] for _, place in published] == [False, False, True]
+    assert [data["text/plain"] for data, _ in published] == ["half", "else", "whole"]
 
 
 def test_a_picture_without_text_is_refused():

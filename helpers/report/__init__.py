@@ -1,10 +1,11 @@
 """What a notebook shows: key figures, plots and small tables."""
 
-from .plots import describe_parts, memory_bar, show, style
+from .plots import LivePicture, describe_parts, memory_bar, show, style
 from .record import common, harvest, record, recorded, versions
 from .table import Table
 
 __all__ = [
+    "LivePicture",
     "Table",
     "common",
     "describe_parts",

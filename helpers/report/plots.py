@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import secrets
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import HelpersError
 from .record import format_value, in_notebook
@@ -54,6 +55,29 @@ def show(fig: Figure, alt: str) -> None:
     Raises:
         HelpersError: ``alt`` is empty.
     """
+    _display(fig, alt)
+
+
+class LivePicture:
+    """A picture that is drawn anew in its place while something goes on.
+
+        live = LivePicture()
+        live.show(fig, alt="...")  # again and again
+
+    What was drawn last is what a notebook keeps.
+    """
+
+    def __init__(self) -> None:
+        self._place, self._is_there = {"display_id": secrets.token_hex(8)}, False
+
+    def show(self, fig: Figure, alt: str) -> None:
+        """Display a figure, from the second time on in the place of the one before; else as the function ``show``."""
+        _display(fig, alt, transient=self._place, update=self._is_there)
+        self._is_there = True
+
+
+def _display(fig: Figure, alt: str, **place: Any) -> None:
+    """Do what ``show`` says; ``place`` goes to ``publish_display_data``."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
@@ -72,7 +96,7 @@ def show(fig: Figure, alt: str) -> None:
     chart.save(picture, "png", optimize=True)
     data = base64.b64encode(picture.getvalue()).decode()
     html = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}" style="max-width: 100%">'
-    publish_display_data({"text/html": html, "text/plain": alt})
+    publish_display_data({"text/html": html, "text/plain": alt}, **place)
 
 
 def memory_bar(parts: Mapping[str, float], title: str = "", recorded: Mapping[str, float] | None = None) -> Figure:
