@@ -243,10 +243,11 @@ class Running:
     pid: int
 
     def client(self) -> OpenAI:
-        """Return an ``openai.OpenAI`` client that has the address and the key."""
-        from openai import OpenAI
+        """Return an ``openai.OpenAI`` client that has the address and the key, and passes by a proxy."""
+        from openai import DefaultHttpxClient, OpenAI
 
-        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+        client = DefaultHttpxClient(trust_env=False)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, http_client=client)
 
 
 @contextmanager
