@@ -170,7 +170,7 @@ def _output(output, compared):
             yield f"picture without alt text: {image[:40]}"
     if PRIVATE_PATH.search(text):
         yield "stored output with an absolute path"
-    if "left out: " in text:
+    if ": left out: " in text:
         yield "stored where something that it needs was missing"
     is_figure = METADATA_KEY in output.get("metadata", {})
     if compared and not is_figure and re.search(r"\d (tokens/s|GB/s|TFLOPS|ms|seconds)\b", text):
