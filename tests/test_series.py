@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from helpers.errors import HelpersError
 from helpers.report.record import METADATA_KEY
 from helpers.run import TYPES, check_parameters, run
 
@@ -289,15 +290,28 @@ def test_notebook_runs_with_other_parameters(path, given, tmp_path, monkeypatch)
 
 
 WITH_MODEL = [path for path in SERIES if "model: str" in path.read_text(encoding="utf-8")]
+OTHER_KERNEL = [path for path in WITH_MODEL if '"name": "python3"' not in path.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("path", WITH_MODEL, ids=name)
+@pytest.mark.parametrize("path", OTHER_KERNEL, ids=name)
 def test_unknown_model_fails_with_one_line(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (outcome,) = run([path.relative_to(ROOT)], {"model": "chatglm9"}, tmp_path, progress=False)
     if outcome.status == "skipped":
         pytest.skip(outcome.error)
     assert outcome.status == "failed" and outcome.error.startswith("HelpersError: unknown model 'chatglm9'")
+
+
+@pytest.mark.parametrize("path", [path for path in WITH_MODEL if path not in OTHER_KERNEL], ids=name)
+def test_unknown_model_is_the_first_error(path, monkeypatch):
+    """As above, but in this process: starting a kernel for each would take minutes."""
+    monkeypatch.chdir(path.parent)
+    names = {}
+    with pytest.raises(HelpersError, match=r"^unknown model 'chatglm9'"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code" and "google.colab" not in cell.source:
+                exec(compile(cell.source, str(path), "exec"), names)
+                names["model"] = "chatglm9"
 
 
 @pytest.mark.parametrize("path", SERIES, ids=name)
