@@ -103,7 +103,7 @@ print(server.pid, flush=True)
 
 
 def test_a_script_that_ends_takes_its_server_along():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=600, check=True)
     group = int(done.stdout.split()[-1])
     assert [each for each in psutil.process_iter() if _group(each) == group] == []
 
@@ -127,7 +127,7 @@ def test_a_kernel_that_is_killed_takes_its_server_along():
     manager, client = start_new_kernel(env=os.environ | {"PYTHONPATH": os.environ["PYTHONPATH"]})
     try:
         printed = []
-        client.execute_interactive(SCRIPT, output_hook=printed.append, timeout=120)
+        client.execute_interactive(SCRIPT, output_hook=printed.append, timeout=600)
         text = "".join(each["content"].get("text", "") for each in printed)
         pid = int(text.split()[-1])
         server = psutil.Process(pid)
