@@ -78,8 +78,8 @@ def side_by_side(figure: str = "allocated_peak") -> list[dict[str, Any]]:
         figure: ``"allocated_peak"`` is what live tensors took, ``"nvml_process"`` all that the card gave the process.
 
     Returns:
-        For each row ``model``, ``precision``, ``batch``, ``prompt_tokens``, ``recorded`` in GiB, and the relative error
-        of ``estimate``, ``gpu_poor``, ``hf_mem`` and ``accelerate``: -0.1 is a tenth too little, None is no figure.
+        For each row ``model``, ``precision``, ``batch``, ``prompt_tokens``, ``device``, ``recorded`` in GiB, and error
+        of ``estimate``, ``gpu_poor``, ``hf_mem``, ``accelerate``: -0.1 is a tenth too little, None is no figure.
     """
     table = []
     rows = catalog.measured(name=figure, engine="transformers", decoding="default", weights="random")
@@ -98,6 +98,6 @@ def side_by_side(figure: str = "allocated_peak") -> list[dict[str, Any]]:
             "accelerate": accelerate_memory(row.model, row.precision),
         }
         errors = {name: None if size is None else size / GIB / row.value - 1 for name, size in said.items()}
-        about = {name: getattr(row, name) for name in ("model", "precision", "batch", "prompt_tokens")}
+        about = {name: getattr(row, name) for name in ("model", "precision", "batch", "prompt_tokens", "device")}
         table.append(about | {"recorded": row.value} | errors)
     return table

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from .. import catalog
 from ..catalog.gpus import find_gpu
-from .work import decode_work, prefill_work
+from .parts import BYTES
+from .work import UNPACKED_FROM, decode_work, prefill_work
 
 if TYPE_CHECKING:
     from ..catalog.gpus import Gpu
@@ -41,10 +42,12 @@ FITTED = {
     "share": 0.867,  # of a copy's bandwidth, at which a step reads; with the next, least squares over the static rows
     "kernel": 2.91e-6,  # seconds for each operation of a recorded step
     "vllm layer": 28e-6,  # seconds for a layer's kernels in vLLM 0.26; at batch 1 to 32 24.7 to 35.3, median 29.1
+    "vllm sequence": 4.8e-6,  # seconds for each sequence of a step: sampling, the host; three 16-bit rows at batch 256
     "request": 17.5e-6,  # seconds; median of the default rows at batch 1
     "request, least": 12.5e-6,  # least and most over the rows (14.3, 33.8), a tenth wider: the host's day
     "request, most": 37e-6,
     "nf4 matrix": 26e-6,  # more for each bitsandbytes 4-bit matrix; median of the fitted nf4 rows
+    "nf4 pace": 0.41,  # of the share: bitsandbytes' own 4-bit kernel, least squares over seven static rows (0.30-0.52)
     "int8 matrix": 314e-6,  # more for each int8 matrix: the host waits for the outliers; two rows, none held out
 }
 
@@ -96,7 +99,7 @@ def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode | None:
         kv_element=run.kv_element,
     )
     share = FITTED["share"] * bandwidth(card) * 1e9
-    reading, kernels = (work.weights + work.unpacking) / share, kernel_seconds(about, run)
+    reading, kernels = (work.weights + work.unpacking + slowed(about, run)) / share, kernel_seconds(about, run)
     multiplying = work.operations / (matmul_rate(card, _multiplied(run)) * 1e12 * MATMUL_SHARE)
     floor = max(reading, multiplying) + work.cache / share + kernels
     default = run.engine == "transformers" and run.decoding == "default"
@@ -105,6 +108,16 @@ def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode | None:
     device = "compute" if multiplying > reading else "memory"
     bound = "launches" if launches[""] > floor or kernels > floor / 2 else device
     return Decode(speeds[""], speeds[", most"], speeds[", least"], bound)
+
+
+def slowed(about: Sized, run: Setting) -> float:
+    """Return the bytes that could be read beside the packed ones while bitsandbytes' kernel looks up each 4-bit code.
+
+    From ``UNPACKED_FROM`` sequences on the matrices are unpacked first, by another kernel, and nothing is added.
+    """
+    if run.engine != "transformers" or not run.precision.startswith("nf4") or run.batch >= UNPACKED_FROM:
+        return 0.0
+    return BYTES["nf4"] * about.shape.matrices() * (1 / FITTED["nf4 pace"] - 1)
 
 
 def unrecorded(run: Setting) -> bool:
@@ -116,7 +129,8 @@ def kernel_seconds(about: Sized, run: Setting) -> float:
     """Return the seconds that the kernels of one step take to begin and end, when the device need not wait for them."""
     layers = about.shape.layers
     if run.engine == "vllm":
-        return layers * (FITTED["vllm layer"] + 4 * VLLM_MATRIX.get(run.precision, 0.0))
+        each_layer = FITTED["vllm layer"] + 4 * VLLM_MATRIX.get(run.precision, 0.0)
+        return layers * each_layer + run.batch * FITTED["vllm sequence"]
     if run.decoding == "default":  # the device waits for the host, and then all this is hidden
         return 0.0
     each, beside = requests(about)

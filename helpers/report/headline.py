@@ -28,6 +28,7 @@ WAYS = {
     "default": DEFAULT | {"precision": SIXTEEN},
     "default, nf4": DEFAULT | {"precision": "nf4"},
     "static": STATIC | {"precision": SIXTEEN},
+    "static, nf4": STATIC | {"precision": "nf4"},
     "compiled": COMPILED | {"precision": SIXTEEN},
     "vLLM": VLLM | {"precision": SIXTEEN},
     "vLLM, 256 at once": VLLM | {"precision": SIXTEEN, "batch": 256},
