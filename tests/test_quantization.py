@@ -1,5 +1,6 @@
 """Every stand-in, quantised: reads back bit for bit, still recites, and costs what its bits let expect."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -125,13 +126,34 @@ def test_perplexity_grows_as_bits_shrink(made, model):
     assert 1.005 * found["int8"] < found[four] < 1.15 * plain
 
 
+JUDGED = ["plain", "gptq8", "gptq4", "rtn4", "gptq3", "rtn3"]
+
+
+@pytest.fixture(scope="module")
+def surprise(made):
+    """Look once at what several tests compare: surprise(model) is the perplexity of each of JUDGED."""
+
+    @functools.cache
+    def of(model):
+        folders = {kind: "tiny" if kind == "plain" else made(model, kind) for kind in JUDGED}
+        return {kind: perplexity(*loaded(model, folder), HELD_OUT) for kind, folder in folders.items()}
+
+    return of
+
+
 @pytest.mark.parametrize("model", FORMS)
-def test_gptq_beats_rounding_and_three_bits_cost_more_than_four(made, model):
-    kinds = ["gptq8", "gptq4", "rtn4", "gptq3", "rtn3"]
-    found = [perplexity(*loaded(model, made(model, kind)), HELD_OUT) for kind in kinds]
-    assert found == sorted(found), dict(zip(kinds, found, strict=True))
-    plain = perplexity(*loaded(model), HELD_OUT)
-    assert found[4] - plain > 1.1 * (found[3] - plain)  # of the damage: some stand-ins were trained to suffer little
+def test_gptq_beats_rounding_and_three_bits_cost_more_than_four(surprise, model):
+    found = [surprise(model)[kind] for kind in JUDGED[1:]]
+    assert found == sorted(found), surprise(model)
+
+
+def test_rounding_does_far_more_damage_than_gptq(surprise):
+    """Of all forms together, 1.9 times with 3 bits and 1.7 with 4; of chatglm-6b, trained to suffer little, 1.1 and less.
+
+    What GPTQ saves of a single stand-in depends on the processor, whose kernels sum the Hessian in another order.
+    """
+    damage = {kind: sum(surprise(model)[kind] / surprise(model)["plain"] - 1 for model in FORMS) for kind in JUDGED}
+    assert damage["rtn3"] > 1.5 * damage["gptq3"] and damage["rtn4"] > 1.3 * damage["gptq4"], damage
 
 
 @pytest.mark.parametrize("model", ["qwen-7b", "chatglm3-6b", "baichuan-13b"])

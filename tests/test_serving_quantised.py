@@ -155,11 +155,11 @@ def test_every_recorded_figure_of_an_engine_is_of_a_known_variant():
         (["bf16", "gptq-int4"], "gptq-int4 2.50 times as fast as 16 bit at batch 1, 0.90 times as fast"),
         (["bf16", "fp8"], "fp8 1.60 times as fast as 16 bit at batch 1, weights 8.4 GiB, KV cache of 120.0 thousand"),
         (["nf4", "fp8"], "nf4 weights 5.4 GiB"),
-        (["bf16"], "16 bit 1.00 times as fast"),
+        (["bf16"], None),  # nothing to compare: no picture
     ],
     ids=["two", "a gap", "no 16 bit", "16 bit alone"],
 )
-def test_picture_takes_any_precisions(sources, kinds, told, monkeypatch):
+def test_picture_takes_any_precisions(sources, kinds, told, monkeypatch, capsys):
     import matplotlib.pyplot as plt
 
     rows = [one for one in ROWS if one.precision in kinds and not one.name.startswith("marlin")]
@@ -170,6 +170,9 @@ def test_picture_takes_any_precisions(sources, kinds, told, monkeypatch):
     (cell,) = [source for source in sources if "by_device = " in source]
     cell = cell.replace("from helpers import show, style", "")
     exec(cell, names | {"style": lambda: None, "show": lambda figure, alt: shown.append((figure, alt))})
+    if told is None:
+        assert shown == [] and "qwen-7b quantised, in vLLM at full size: not recorded yet" in capsys.readouterr().out
+        return
     (figure, alt) = shown[0]
     assert told in alt
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
