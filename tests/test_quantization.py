@@ -148,7 +148,7 @@ def test_gptq_beats_rounding_and_three_bits_cost_more_than_four(surprise, model)
 
 
 def test_rounding_does_far_more_damage_than_gptq(surprise):
-    """Of all forms together, 1.9 times with 3 bits and 1.7 with 4; of chatglm-6b, trained to suffer little, 1.1 and less.
+    """Of all forms together, 1.9 times with 3 bits and 1.7 with 4; of chatglm-6b, which suffers little, hardly more.
 
     What GPTQ saves of a single stand-in depends on the processor, whose kernels sum the Hessian in another order.
     """
