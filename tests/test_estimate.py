@@ -129,7 +129,8 @@ def test_peak_within_five_percent(name, precisions, decoding):
     known = {(model, precision, lengths) for one, model, precision, lengths in GROWN if one == name}
     off = {row: error for row, error in found.items() if abs(error) > 0.05}
     assert {row: error for row, error in off.items() if (row[1], row[2], row[4]) not in known} == {}
-    assert len(found) < 3 or statistics.median(map(abs, found.values())) <= 0.02  # of one or two there is no median
+    unnamed = [row for row in found if (row[1], row[2], row[4]) not in known]
+    assert not unnamed or statistics.median(map(abs, found.values())) <= 0.02
 
 
 @pytest.mark.parametrize("engine,decoding", [("transformers", "static"), ("transformers", "compiled"), ("vllm", None)])

@@ -143,8 +143,10 @@ def surprise(made):
 
 @pytest.mark.parametrize("model", FORMS)
 def test_gptq_beats_rounding_and_three_bits_cost_more_than_four(surprise, model):
-    found = [surprise(model)[kind] for kind in JUDGED[1:]]
+    plain, *found = (surprise(model)[kind] for kind in JUDGED)
     assert found == sorted(found), surprise(model)
+    if model != "chatglm-6b":  # trained to suffer little: there a tenth of the damage is the processor's to decide
+        assert found[4] - plain > 1.1 * (found[3] - plain), surprise(model)
 
 
 def test_rounding_does_far_more_damage_than_gptq(surprise):

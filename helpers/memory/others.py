@@ -78,8 +78,9 @@ def side_by_side(figure: str = "allocated_peak") -> list[dict[str, Any]]:
         figure: ``"allocated_peak"`` is what live tensors took, ``"nvml_process"`` all that the card gave the process.
 
     Returns:
-        For each row ``model``, ``precision``, ``batch``, ``prompt_tokens``, ``device``, ``recorded`` in GiB, and error
-        of ``estimate``, ``gpu_poor``, ``hf_mem``, ``accelerate``: -0.1 is a tenth too little, None is no figure.
+        For each row ``model``, ``precision``, ``batch``, ``prompt_tokens``, ``device``, ``recorded`` in GiB, and the
+        relative error of ``estimate``, ``gpu_poor``, ``hf_mem`` and ``accelerate``: -0.1 is a tenth too little, None is
+        no figure.
     """
     table = []
     rows = catalog.measured(name=figure, engine="transformers", decoding="default", weights="random")
