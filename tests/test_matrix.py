@@ -1,6 +1,7 @@
 """The measured matrix: one load for all points, rows as the catalogue wants them, and going on where it stopped."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -22,15 +23,19 @@ def nothing_in_common():
     common()
 
 
+IN_OWN_PROCESS = matrix.in_own_process
+
+
 @pytest.fixture(autouse=True)
-def no_clock(monkeypatch):
-    """The points are not timed: on a busy machine four tokens can take no time at all."""
+def here_and_without_a_clock(monkeypatch):
+    """In this process, and not timed: on a busy machine four tokens can take no time at all."""
 
     def speed(lm, **point):
         check_length(lm, point["prompt_tokens"] + point["new_tokens"])
         return Speed(**point, prefill_seconds=0.1, ttft_s=0.1, tpot_s=0.01, bytes_per_step=1)
 
     monkeypatch.setattr(matrix, "generation_speed", speed)
+    monkeypatch.setattr(matrix, "in_own_process", lambda function, *task: function(*task))
 
 
 @pytest.fixture
@@ -61,6 +66,21 @@ def test_one_load_measures_all_lengths_and_decodings(tmp_path, loads):
     assert {row.batch for row in found if row.name == "decode_speed"} == {1}
     assert all(row.prompt_tokens for row in found if row.name == "rss_peak")
     assert len({row.setting() for row in found}) == len(found)  # the catalogue refuses a figure twice a day
+
+
+def test_each_model_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(matrix, "in_own_process", IN_OWN_PROCESS)
+    out = tmp_path / "rows.jsonl"
+    measure_matrix(["qwen-7b"], ["fp32"], out, **TINY | {"new_tokens": 32, "prompt_tokens": [8, 600]})
+    assert [row.decoding for row in rows(out) if row.name == "tpot"] == ["default", "static"]
+    assert "600 + 32 tokens, static: left out" in capfd.readouterr().out
+    monkeypatch.setattr(matrix, "_measure_model", die)
+    measure_matrix(["qwen-7b"], ["bf16"], out, **TINY)
+    assert "left out: the process died" in capfd.readouterr().out and {row.precision for row in rows(out)} == {"fp32"}
+
+
+def die(*_):
+    os._exit(1)
 
 
 def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, loads, capsys):

@@ -45,25 +45,12 @@ def test_an_engine_is_measured_once_in_a_process_of_its_own(tmp_path, capfd):
 
 
 def test_what_does_not_start_is_said_and_the_next_is_tried(tmp_path, monkeypatch, capsys):
-    class Here:
-        """Runs in this process, where the engine below can be put in the real one's place."""
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def submit(self, function, *arguments):
-            function(*arguments)
-            raise AssertionError("the engine was to fail")
-
     @contextmanager
     def broken(**_):
         raise ValueError("No available memory for the cache blocks.\nmore")
         yield
 
-    monkeypatch.setattr(matrix, "ProcessPoolExecutor", lambda *_: Here())
+    monkeypatch.setattr(matrix, "in_own_process", lambda function, *task: function(*task))  # where it can be broken
     monkeypatch.setattr(matrix, "offline_engine", broken)
     matrix.measure_engines(["qwen-7b", "chatglm3-6b"], ["auto"], tmp_path / "rows.jsonl", **SIZES)
     said = capsys.readouterr().out

@@ -11,6 +11,7 @@ from ..native.lora import base_and_adapters
 from .adapters import base_is_missing, published_parts
 from .hub import cache_folder, fetch, fetched
 from .quantized import is_native, loading_options, quantized_by, quiet, unpack_quietly
+from .random import LOADED, full_config, gptq_config, random_state
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ def load(
             there are fetched. A folder that ``helpers.quantization`` or ``convert`` made is used where it lies.
         precision: ``"auto"`` takes the published 16-bit type on a GPU and fp32 on a CPU. ``"int8"`` and ``"nf4"``
             are quantised by bitsandbytes while loading. A quantised folder has its own, and takes only ``"auto"``.
+            Random weights come as GPTQ packs them, too, ``"gptq-int4"``: the full size needs no quantising first.
         device: ``"auto"`` takes the first CUDA device, else the CPU.
 
     Returns:
@@ -57,9 +59,10 @@ def load(
     # On a CPU it warns at every matrix product that int8 computes in fp16, and of an optional kernel it does without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     row = catalog.model(model)
-    check_names(weights, precision)
+    packed = weights == "random" and precision in LOADED
+    check_names(weights, "auto" if packed else precision)
     device = pick_device(device)
-    dtype = pick_dtype(precision, row.dtype, device)
+    dtype = pick_dtype("auto" if packed else precision, row.dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device}
     if precision in ("int8", "nf4"):
         options["quantization_config"] = bitsandbytes_config(precision, dtype)
@@ -78,15 +81,16 @@ def load(
         transformers.utils.logging.disable_progress_bar()
     try:
         if weights == "random":
-            from .random import full_config, random_state
-
             config = full_config(row)
             marks = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
             for name in marks:  # the tokenizer is the stand-in's, and ChatGLM-6B looks its marks up in the prompt
                 if name.endswith("_token_id"):
                     setattr(config, name, marks[name])
-            state = random_state(config, dtype, device)
-            loaded = model_class(row.native_class).from_pretrained(None, config=config, state_dict=state, **options)
+            if packed:
+                config.quantization_config = gptq_config(config, device)
+            state = random_state(config, dtype, device, packed)
+            with quiet() if packed else nullcontext():
+                loaded = model_class(row.native_class).from_pretrained(None, config=config, state_dict=state, **options)
             loaded.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         else:
             with quiet() if method else nullcontext():

@@ -77,11 +77,11 @@ def loading_options(folder: Path, dtype: torch.dtype, device: str) -> dict[str, 
     if settings.get("quant_method") == "bitsandbytes":
         settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     if settings.get("quant_method") == "gptq":
-        settings["backend"] = _gptq_kernel(settings, config, device)
+        settings["backend"] = gptq_kernel(settings, config, device)
     return {"config": config}
 
 
-def _gptq_kernel(settings: dict[str, Any], config: Any, device: str) -> str:
+def gptq_kernel(settings: dict[str, Any], config: Any, device: str) -> str:
     """Name GPTQModel's kernel where the one that it takes by itself fails; else ``"auto"``."""
     import torch
 

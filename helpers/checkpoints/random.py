@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import HelpersError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
@@ -49,7 +51,10 @@ FORMATS: dict[str, dict[str, Any]] = {
 With it vLLM makes room for weights in that form and fills them at random: no checkpoint is needed to measure one.
 """
 
-NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+LOADED = ["gptq-int4"]
+"""Of these what ``load`` takes with random weights, too: the form that transformers computes in as it is packed."""
+
+NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int32": "I32"}
 
 
 def full_config(row: Model) -> PreTrainedConfig:
@@ -87,26 +92,75 @@ class RandomTensor:
     def __getitem__(self, part: Any) -> torch.Tensor:
         """Make the values: normalisation weights 1, biases 0, everything else normal with deviation 0.02.
 
+        Of packed matrices the codes are any, the zeros the middle of 4 bits, and the scales as small as weights are.
         The name seeds the generator, so a model is the same whatever the order its tensors are read in.
         """
         import torch
 
-        tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        tensor, kind = torch.empty(self.shape, dtype=self.dtype, device=self.device), self.name.rpartition(".")[2]
+        if kind == "g_idx":
+            return (torch.arange(self.shape[0], device=self.device, dtype=self.dtype) // GROUP)[part]
+        if kind == "qzeros":
+            return tensor.fill_(0x77777777)[part]  # GPTQ stores a zero less one
         if tensor.ndim == 1:
-            return tensor.fill_(0 if self.name.endswith("bias") else 1)[part]
+            return tensor.fill_(0 if kind == "bias" else 1)[part]
         seeded = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
+        if kind == "qweight":
+            return tensor.random_(generator=seeded)[part]
         return tensor.normal_(0, 0.02, generator=seeded)[part]
 
 
-def random_state(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> dict[str, RandomTensor]:
-    """Return a state dict of ``RandomTensor`` for a native config; a tied head is left to its embedding."""
+def random_state(
+    config: PreTrainedConfig, dtype: torch.dtype, device: str, packed: bool = False
+) -> dict[str, RandomTensor]:
+    """Return a state dict of ``RandomTensor`` for a native config; a tied head is left to its embedding.
+
+    Args:
+        config: of the model, full size.
+        dtype, device: of what is not packed, and where values are made.
+        packed: the matrices of the layers as GPTQ packs them, 4 bits in groups of ``GROUP``.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    names = dict(empty.named_parameters())  # names a shared tensor once
-    return {name: RandomTensor(name, tuple(tensor.shape), dtype, device) for name, tensor in names.items()}
+    shapes = {name: (tuple(tensor.shape), dtype) for name, tensor in empty.named_parameters()}  # a shared one once
+    if packed:
+        for name, layer in empty.named_modules():
+            if isinstance(layer, torch.nn.Linear) and ".layers." in name:
+                del shapes[f"{name}.weight"]
+                shapes |= _packed(name, layer.in_features, layer.out_features, dtype)
+    return {name: RandomTensor(name, shape, kind, device) for name, (shape, kind) in shapes.items()}
+
+
+def _packed(name: str, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return names, shapes and types of what GPTQ writes of a matrix: eight codes of 4 bits in an int32."""
+    import torch
+
+    return {
+        f"{name}.qweight": ((rows // 8, columns), torch.int32),
+        f"{name}.qzeros": ((rows // GROUP, columns // 8), torch.int32),
+        f"{name}.scales": ((rows // GROUP, columns), dtype),
+        f"{name}.g_idx": ((rows,), torch.int32),
+    }
+
+
+def gptq_config(config: PreTrainedConfig, device: str) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a random model that is packed by GPTQ, as ``load`` gives it.
+
+    Raises:
+        HelpersError: an RWKV, which no GPTQ library quantises.
+    """
+    from .quantized import gptq_kernel
+
+    if config.model_type.startswith("rwkv"):
+        why = "GPTQModel replays a model block by block, and an RWKV block needs its state besides"
+        raise HelpersError(f"no {config.model_type} packed by GPTQ", why, "take nf4 or int8, which do RWKV")
+    settings = {name: value for name, value in FORMATS["gptq-int4"].items() if name != "modules_in_block_to_quantize"}
+    if config.model_type == "chatglm1":
+        settings["block_name_to_quantize"] = "transformer.layers"
+    return settings | {"backend": gptq_kernel(settings, config, device)}
 
 
 def save_random(row: Model, folder: Path, device: str) -> None:

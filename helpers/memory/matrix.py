@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from .. import catalog
 from ..checkpoints.load import check_names, load
 from ..checkpoints.quantized import labels
+from ..checkpoints.random import LOADED
 from ..errors import HelpersError, unknown
 from ..report.record import common, figure, format_value, measured_row
 from .measure import GIB, free, measure
@@ -44,13 +48,13 @@ def measure_matrix(
 ) -> None:
     """Measure every point that ``output`` does not hold yet, and append its rows.
 
-    A model is loaded once in each precision; a point is one prompt length and one way of decoding, at which speed and
-    peak memory are measured. A point for which the card is too small is a row as well, ``out_of_memory``: what lay in
+    A model is loaded once in each precision, in a process of its own; a point is one prompt length and one way of
+    decoding, at which speed and peak memory are measured. A point for which the card is too small is a row as well, ``out_of_memory``: what lay in
     live tensors then. Any other error is reported and left out, and so is what is past the model's context.
 
     Args:
         models: catalogue ids.
-        precisions: as ``load``.
+        precisions: as ``load``; with random weights also ``helpers.checkpoints.random.LOADED``.
         output: file of JSON lines in the form of ``helpers.catalog.MeasuredRow``.
         weights, device: as ``load``; rows of a quantised folder say what weights it was made of.
         new_tokens: as ``generation_speed``.
@@ -59,12 +63,11 @@ def measure_matrix(
     Raises:
         HelpersError: an unknown name, before anything is measured.
     """
-    import transformers  # noqa: F401 - before the clock starts: its import belongs to no point
-
     for model in models:
         catalog.model(model)
     for precision in precisions:
-        check_names(weights, precision)
+        if weights != "random" or precision not in LOADED:
+            check_names(weights, precision)
     for decoding in decodings:
         if decoding not in DECODING:
             raise unknown("decoding", decoding, list(DECODING))
@@ -82,13 +85,37 @@ def measure_matrix(
         todo = [point for point in missing if _fits_context(model, weights, point)]
         try:
             if todo:
-                _measure_model(model, weights, precision, device, todo, output)
-        except TOO_MUCH as error:
-            _say_what_failed("  not loaded", error, output, LOADING)
-        free()
+                in_own_process(_measure_model, model, weights, precision, device, todo, output)
+        except BrokenProcessPool:
+            print("  left out: the process died; it may have run out of memory", flush=True)
+
+
+def in_own_process(function: Callable[..., None], *task: Any) -> None:
+    """Call a function in a process of its own: a process gives a GPU back, all of it, only when it ends.
+
+    Raises:
+        BrokenProcessPool: the process died.
+        Exception: what the function raised.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(function, *task).result()
 
 
 def _measure_model(
+    model: str, weights: str, precision: str, device: str, points: list[dict[str, Any]], output: Path
+) -> None:
+    """Measure one model in one precision, or say why not."""
+    import transformers  # noqa: F401 - before the clock starts: its import belongs to no point
+
+    common(model=model, **labels(weights, precision), engine="transformers", device=device)
+    try:
+        _measure_points(model, weights, precision, device, points, output)
+    except TOO_MUCH as error:
+        _say_what_failed("  not loaded", error, output, LOADING)
+    free()
+
+
+def _measure_points(
     model: str, weights: str, precision: str, device: str, points: list[dict[str, Any]], output: Path
 ) -> None:
     """Load one model, write down what that took unless the file says so already, and measure its points."""

@@ -53,7 +53,7 @@ def accelerate_memory(model: str, precision: str) -> float:
 
     Source: https://github.com/huggingface/accelerate, src/accelerate/commands/estimate.py: gather_data.
     """
-    return _in_fp32(model) / {"fp16": 2, "bf16": 2, "int8": 4, "nf4": 8}[precision]
+    return _in_fp32(model) / {"fp16": 2, "bf16": 2, "int8": 4, "nf4": 8, "gptq-int4": 8}[precision]
 
 
 @cache

@@ -23,12 +23,15 @@ BYTES |= {"w8a8": 1.0, "gptq-int8": 1.0, "gptq-int4": 0.5, "awq-int4": 0.5}
 
 FITTED = {
     # weights "random", default generate, 128 + 64 tokens, H100 80GB HBM3, 2026-11-24; held out: see tests/test_estimate
-    "CUDA context": 0.69 * GIB,  # nvml_process - reserved_peak: 0.676 to 0.691 (int8 0.738 to 0.744)
+    "CUDA context": 0.69 * GIB,  # nvml_process - reserved_peak: 0.676 to 0.691
+    "CUDA context, int8": 0.74 * GIB,  # with bitsandbytes' kernels: 0.738 to 0.744
     "driver": 0.477 * GIB,  # nvml_device - nvml_process: what the card holds before any process
     "rest of a step": 1 * MIB,  # positions, token ids, rotary angles: allocated - weights - cuBLAS workspace
     "int8 outlier columns": 3.1,  # bytes a weight of an MLP matrix in one int8 product; qwen-7b, chatglm3-6b 3.2
     "left by loading int8": 6.0,  # bytes a weight of the largest matrix that the allocator keeps; two rows: 6.6, 8.8
     "left by loading nf4": 2.0,  # the same; six rows: 0.9 of Llama's shape, 2.7 of GLM's fused matrix; the middle
+    "left by loading gptq-int4": 2.4,  # repacking for Marlin; 3.3 of Llama's shape, 0.8 of GLM's fused matrix
+    "left by a growing cache": 0.36,  # of the cache: reserved less allocated at 2,048 tokens, 0.33 to 0.42 (0.34 at 8,192)
 }
 ASSUMED = {
     "vLLM outside its budget": 0.31 * GIB,  # from one Llama-2-7B run of vLLM 0.26; outside_torch of the rows is less
@@ -137,12 +140,13 @@ def memory(about: Sized, run: Setting) -> tuple[tuple[Component, ...], dict[str,
         moments["decode"].append(Component("one layer's new keys", layer, "copied to grow", "transformers"))
     sizes = {name: sum(part.bytes for part in (*always, *parts)) for name, parts in moments.items()}
     moment = max(sizes, key=sizes.get)
-    cached = kv_values * run.context if growing else 0
+    cached = FITTED["left by a growing cache"] * kv_values * run.context if growing else 0
     left = FITTED.get(f"left by loading {run.precision.removesuffix('-double')}", 0) * matrix
+    outside = FITTED.get(f"CUDA context, {run.precision}", FITTED["CUDA context"])
     beside = [
-        Component("freed blocks of the growing cache", cached, "the KV cache once more", ROWS, CACHED),
+        Component("freed blocks of the growing cache", cached, "a third of the KV cache", ROWS, CACHED),
         Component("freed blocks of loading", left, "of the largest matrix", ROWS, CACHED),
-        Component("CUDA context and libraries", FITTED["CUDA context"], "NVML less PyTorch, on an H100", ROWS, OUTSIDE),
+        Component("CUDA context and libraries", outside, "NVML less PyTorch, on an H100", ROWS, OUTSIDE),
     ]
     parts = (*always, *moments[moment], *(beside if run.cuda else []))
     return tuple(part for part in parts if part.bytes), sizes
@@ -162,7 +166,9 @@ def weights(about: Sized, run: Setting) -> list[Component]:
         "nf4": (4 * linear / 64, "absmax of 64 weights, fp32 (bitsandbytes)"),
         "nf4-double": (linear / 64 + 4 * linear / 64 / 256, "absmax of 64 weights, 8 bit (bitsandbytes double quant)"),
     }.get(precision, ((2 + per) * linear / run.group_size, f"scale and zero of {run.group_size} weights"))
-    if precision.startswith("gptq"):
+    if precision.startswith("gptq") and run.engine == "transformers" and run.cuda:
+        scales, how = 2 * linear / run.group_size, f"scale of {run.group_size} weights; Marlin drops zeros and g_idx"
+    elif precision.startswith("gptq"):
         scales, how = scales + 4 * columns, f"{how}, g_idx of each input"
     return [
         Component("weights, 16 bit", (parameters - linear) * run.element, "embeddings, output layer, norms, biases"),

@@ -48,13 +48,15 @@ FITTED = {
     "request, most": 37e-6,
     "nf4 matrix": 26e-6,  # more for each bitsandbytes 4-bit matrix; median of the fitted nf4 rows
     "nf4 pace": 0.41,  # of the share: bitsandbytes' own 4-bit kernel, least squares over seven static rows (0.30-0.52)
+    "gptq kernel": 7.2e-6,  # seconds more for each matrix of a recorded step: GPTQModel's Marlin; ten rows, 2.8 to 12.9
     "int8 matrix": 314e-6,  # more for each int8 matrix: the host waits for the outliers; two rows, none held out
 }
 
-VLLM_MATRIX = {"fp8": 2.5e-6, "w8a8": 2.5e-6, "gptq-int4": 12e-6, "awq-int4": 12e-6}
+VLLM_MATRIX = {"fp8": 2.5e-6, "w8a8": 2.5e-6, "gptq-int4": 12e-6, "awq-int4": 12e-6, "nf4": 9e-6, "nf4-double": 9e-6}
 """Seconds more for each of a layer's four matrices in vLLM 0.26 on an H100: what is multiplied is quantised first (8
 bit), or Machete, its kernel for 4 bit, is slow for few rows. Rounded from qwen-7b at batch 1, so none is held out:
-2.9 and 3.6 microseconds at 8 bit, 12.4 and 13.2 at 4; more at larger batches."""
+2.9 and 3.6 microseconds at 8 bit, 12.4 and 13.2 at 4; more at larger batches. Of nf4 (bitsandbytes' kernels, as in
+transformers) 3 to 7 at batch 1, up to 19 from 8 on."""
 
 COMPILED_KERNELS = 0.37
 """Share of a recorded step's operations that torch.compile leaves; fitted on the compiled rows, H100, 2026-11."""
@@ -67,8 +69,12 @@ PREFILL_SHARE = 0.55
 
 PREFILL_SOURCE = "whole prompt at once; above some hundred tokens bound by compute"
 
-UNRECORDED_IN_VLLM = ("int8", "nf4", "nf4-double")
-"""bitsandbytes' kernels in vLLM: no row says what they cost beside the reading, so no decode speed is predicted."""
+PREFILL_SHARES = {"int8": 0.17, "gptq-int4": 0.33}
+"""What PREFILL_SHARE is in transformers where the matrices are in 8 or 4 bits: bitsandbytes looks for outliers and
+multiplies twice, Marlin unpacks every weight for each tile of rows. Medians at 1,984 tokens, 0.16-0.24, 0.32-0.34."""
+
+UNRECORDED_IN_VLLM = ("int8",)
+"""bitsandbytes' 8-bit kernels in vLLM: no row says what they cost beside the reading, so no speed is predicted."""
 
 MULTIPLIED_IN = {"fp8": "fp8", "w8a8": "int8"}
 """Precisions whose activations are quantised too, and the number format that tensor cores then multiply. (In vLLM;
@@ -94,7 +100,7 @@ def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode | None:
         run.precision,
         run.batch,
         (run.prompt + run.context) / 2,
-        unpacks=run.engine == "transformers",
+        unpacks=True,
         group_size=run.group_size,
         kv_element=run.kv_element,
     )
@@ -115,7 +121,7 @@ def slowed(about: Sized, run: Setting) -> float:
 
     From ``UNPACKED_FROM`` sequences on the matrices are unpacked first, by another kernel, and nothing is added.
     """
-    if run.engine != "transformers" or not run.precision.startswith("nf4") or run.batch >= UNPACKED_FROM:
+    if not run.precision.startswith("nf4") or run.batch >= UNPACKED_FROM:
         return 0.0
     return BYTES["nf4"] * about.shape.matrices() * (1 / FITTED["nf4 pace"] - 1)
 
@@ -134,7 +140,8 @@ def kernel_seconds(about: Sized, run: Setting) -> float:
     if run.decoding == "default":  # the device waits for the host, and then all this is hidden
         return 0.0
     each, beside = requests(about)
-    return (each * layers + beside) * FITTED["kernel"] * (COMPILED_KERNELS if run.decoding == "compiled" else 1)
+    packed = FITTED["gptq kernel"] * about.linears() if run.precision.startswith("gptq") else 0.0
+    return packed + (each * layers + beside) * FITTED["kernel"] * (COMPILED_KERNELS if run.decoding == "compiled" else 1)
 
 
 def requests(about: Sized) -> tuple[int, int]:
@@ -151,7 +158,8 @@ def prefill_tokens_per_s(about: Sized, run: Setting, card: Gpu) -> float | None:
     if about.shape.kind == "rwkv":
         return None
     work = prefill_work(about, run.precision, run.batch, run.prompt)
-    seconds = work.operations / (matmul_rate(card, _multiplied(run)) * 1e12 * PREFILL_SHARE)
+    share = PREFILL_SHARES.get(run.precision, PREFILL_SHARE) if run.engine == "transformers" else PREFILL_SHARE
+    seconds = work.operations / (matmul_rate(card, _multiplied(run)) * 1e12 * share)
     if run.engine == "transformers":
         seconds = max(seconds, launch_seconds(about, run))
     return work.tokens / seconds

@@ -192,6 +192,7 @@ def in_bitsandbytes(
         return folder, {"quantization": "bitsandbytes"}
     from filelock import FileLock
 
+    from ..memory.measure import free
     from ..native.convert import file_stamps
     from ..quantization import bitsandbytes
 
@@ -202,6 +203,7 @@ def in_bitsandbytes(
     with FileLock(target.with_name(f"{target.name}.lock")):
         if not receipt.exists() or receipt.read_text(encoding="utf-8") != made_from:
             bitsandbytes(row.id, target, weights=folder, precision="int8", device=device, replace=True)
+            free()  # else vLLM finds the card half full
             receipt.write_text(made_from, encoding="utf-8")
     return target, {}
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,7 @@ from ..checkpoints.hub import cache_folder
 from ..checkpoints.load import check_names, pick_device
 from ..checkpoints.quantized import labels
 from ..checkpoints.random import FORMATS, save_random
-from ..memory.matrix import append_rows, is_done
+from ..memory.matrix import append_rows, in_own_process, is_done
 from ..memory.measure import GIB
 from ..native.convert import RECEIPT
 from ..report.record import common, figure, format_value
@@ -83,8 +81,7 @@ def measure_engines(
         points = [{"batch": batch, "prompt_tokens": length, "new_tokens": new_tokens} for batch, length in sizes]
         task = (about, points, output, f"{prefix}_" if prefix else "", options)
         try:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                process.submit(_measure_engine, *task).result()
+            in_own_process(_measure_engine, *task)
         except BrokenProcessPool:
             print("  left out: the engine's process died; it may have run out of memory", flush=True)
         except Exception as error:  # an engine that does not start says so in errors of any kind
@@ -216,8 +213,7 @@ def _weights(model: str, weights: str, precision: str, device: str) -> Iterator[
     folder = cache_folder() / "native" / "random" / f"{model}-files"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # what it takes goes with it
-            process.submit(_write_random, model, folder, pick_device(device)).result()
+        in_own_process(_write_random, model, folder, pick_device(device))  # the card's memory it takes goes with it
         yield str(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
