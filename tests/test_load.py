@@ -82,6 +82,32 @@ def test_random_weights_load_as_a_checkpoint_does(precision, monkeypatch):
     assert quantised == {"auto": set(), "int8": {"Linear8bitLt"}, "nf4": {"Linear4bit"}}[precision]
 
 
+def test_random_weights_come_packed_by_gptq(monkeypatch):
+    """The form that a quantised folder has, with no quantising: full size on a GPU takes seconds."""
+    from helpers.checkpoints import random
+
+    small = full_config(catalog.model("qwen3-0.6b"))
+    small.num_hidden_layers, small.hidden_size, small.intermediate_size, small.vocab_size = 1, 128, 256, 64
+    small.layer_types = small.layer_types[:1]
+    monkeypatch.setattr(random, "full_config", lambda row: small)
+    lm, _ = load("qwen3-0.6b", weights="random", precision="gptq-int4", device="cpu")
+    layer = lm.model.layers[0].mlp.down_proj
+    assert "Linear" in type(layer).__name__ and layer.qweight.dtype == torch.int32
+    assert layer.qweight.numel() * 8 == 128 * 256 and layer.scales.numel() * 128 == 128 * 256
+    assert type(lm.lm_head) is torch.nn.Linear
+    logits = lm(torch.tensor([[1, 2, 3]])).logits
+    assert logits.isfinite().all() and logits.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "said"),
+    [("rwkv-7-2.9b", "random", "no rwkv.* packed by GPTQ.*nf4 or int8"), ("qwen3-0.6b", "tiny", "unknown precision")],
+)
+def test_what_gptq_does_not_pack_is_refused_before_loading(model, weights, said):
+    with pytest.raises(HelpersError, match=said):
+        load(model, weights=weights, precision="gptq-int4", device="cpu")
+
+
 def test_random_state_is_complete_and_made_when_read():
     config = full_config(catalog.model("qwen-7b"))
     state = random_state(config, torch.bfloat16, "cpu")

@@ -11,7 +11,7 @@ from ..native.lora import base_and_adapters
 from .adapters import base_is_missing, published_parts
 from .hub import cache_folder, fetch, fetched
 from .quantized import is_native, loading_options, quantized_by, quiet, unpack_quietly
-from .random import LOADED, full_config, gptq_config, random_state
+from .random import LOADED
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,8 @@ def load(
         transformers.utils.logging.disable_progress_bar()
     try:
         if weights == "random":
+            from .random import full_config, gptq_config, random_state
+
             config = full_config(row)
             marks = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
             for name in marks:  # the tokenizer is the stand-in's, and ChatGLM-6B looks its marks up in the prompt

@@ -49,8 +49,9 @@ def measure_matrix(
     """Measure every point that ``output`` does not hold yet, and append its rows.
 
     A model is loaded once in each precision, in a process of its own; a point is one prompt length and one way of
-    decoding, at which speed and peak memory are measured. A point for which the card is too small is a row as well, ``out_of_memory``: what lay in
-    live tensors then. Any other error is reported and left out, and so is what is past the model's context.
+    decoding, at which speed and peak memory are measured. A point for which the card is too small is a row as well,
+    ``out_of_memory``: what lay in live tensors then. Any other error is reported and left out, and so is what is past
+    the model's context.
 
     Args:
         models: catalogue ids.

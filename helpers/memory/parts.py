@@ -31,7 +31,7 @@ FITTED = {
     "left by loading int8": 6.0,  # bytes a weight of the largest matrix that the allocator keeps; two rows: 6.6, 8.8
     "left by loading nf4": 2.0,  # the same; six rows: 0.9 of Llama's shape, 2.7 of GLM's fused matrix; the middle
     "left by loading gptq-int4": 2.4,  # repacking for Marlin; 3.3 of Llama's shape, 0.8 of GLM's fused matrix
-    "left by a growing cache": 0.36,  # of the cache: reserved less allocated at 2,048 tokens, 0.33 to 0.42 (0.34 at 8,192)
+    "left by reading a prompt": 0.33,  # of the cache: reserved less allocated at 1,984 + 64 tokens and 8,128 + 64
 }
 ASSUMED = {
     "vLLM outside its budget": 0.31 * GIB,  # from one Llama-2-7B run of vLLM 0.26; outside_torch of the rows is less
@@ -140,11 +140,12 @@ def memory(about: Sized, run: Setting) -> tuple[tuple[Component, ...], dict[str,
         moments["decode"].append(Component("one layer's new keys", layer, "copied to grow", "transformers"))
     sizes = {name: sum(part.bytes for part in (*always, *parts)) for name, parts in moments.items()}
     moment = max(sizes, key=sizes.get)
-    cached = FITTED["left by a growing cache"] * kv_values * run.context if growing else 0
+    left_of_cache = FITTED["left by reading a prompt"] * run.context + 2 * (run.context - run.prompt)
+    cached = kv_values * min(run.context, left_of_cache) if growing else 0
     left = FITTED.get(f"left by loading {run.precision.removesuffix('-double')}", 0) * matrix
     outside = FITTED.get(f"CUDA context, {run.precision}", FITTED["CUDA context"])
     beside = [
-        Component("freed blocks of the growing cache", cached, "a third of the KV cache", ROWS, CACHED),
+        Component("freed blocks of the growing cache", cached, "a third, and twice what was grown", ROWS, CACHED),
         Component("freed blocks of loading", left, "of the largest matrix", ROWS, CACHED),
         Component("CUDA context and libraries", outside, "NVML less PyTorch, on an H100", ROWS, OUTSIDE),
     ]

@@ -141,7 +141,8 @@ def kernel_seconds(about: Sized, run: Setting) -> float:
         return 0.0
     each, beside = requests(about)
     packed = FITTED["gptq kernel"] * about.linears() if run.precision.startswith("gptq") else 0.0
-    return packed + (each * layers + beside) * FITTED["kernel"] * (COMPILED_KERNELS if run.decoding == "compiled" else 1)
+    asked = (each * layers + beside) * (COMPILED_KERNELS if run.decoding == "compiled" else 1)
+    return asked * FITTED["kernel"] + packed
 
 
 def requests(about: Sized) -> tuple[int, int]:
