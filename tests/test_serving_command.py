@@ -60,7 +60,11 @@ def test_int8_of_other_weights_and_of_changed_ones_is_made_anew(monkeypatch, tmp
         target.mkdir(parents=True, exist_ok=True)
         (target / "config.json").write_text("{}")
 
+    freed = []
     monkeypatch.setattr(quantization, "bitsandbytes", quantised)
+    monkeypatch.setattr(
+        sys.modules["helpers.memory.measure"], "free", lambda: freed.append(len(made))
+    )  # the card is vLLM's then
     monkeypatch.setenv("LLM_DEPLOY_CACHE", str(tmp_path / "cache"))
     sources = {"tiny": tmp_path / "tiny" / "qwen-7b", "hub": tmp_path / "hub" / "qwen-7b"}
     sources |= {str(tmp_path / name / "mine"): tmp_path / name / "mine" for name in ("one", "two")}
@@ -74,6 +78,7 @@ def test_int8_of_other_weights_and_of_changed_ones_is_made_anew(monkeypatch, tmp
     targets = [served(weights) for weights in sources for _ in range(2)]
     assert len(set(targets)) == len(sources)
     assert made == [(name, "first") for name in ("tiny", "hub", "one", "two")], "once for each source"
+    assert freed == [1, 2, 3, 4]
 
     (sources["tiny"] / "model.safetensors").write_text("trained anew")
     assert served("tiny") == served("tiny") == targets[0] and served("hub") == targets[2]

@@ -15,7 +15,7 @@ from helpers.checkpoints.quantized import labels
 from helpers.checkpoints.random import FORMATS
 from helpers.errors import HelpersError
 from helpers.serving import matrix
-from helpers.serving.command import prepare
+from helpers.serving.command import int8_folder, prepare
 
 SIZES = {"weights": "tiny", "prompt_tokens": [8], "new_tokens": 4}
 
@@ -84,6 +84,16 @@ def test_random_weights_on_disk_are_a_folder_that_vllm_quantises(model, tmp_path
     job = prepare(model, tmp_path / "random", "nf4", "auto", {})
     assert job.folder == tmp_path / "random" and job.options["quantization"] == "bitsandbytes"
     assert (job.folder / "tokenizer.json").exists() and list(job.folder.glob("*.safetensors"))
+
+
+def test_weights_written_for_bitsandbytes_are_removed_with_what_was_made_of_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_DEPLOY_CACHE", str(tmp_path))
+    monkeypatch.setattr(matrix, "in_own_process", lambda function, model, folder, device: folder.mkdir(parents=True))
+    with pytest.raises(KeyboardInterrupt), matrix._weights("qwen-7b", "random", "int8", "cpu") as folder:
+        made = int8_folder("qwen-7b", folder)
+        made.mkdir(parents=True)
+        raise KeyboardInterrupt
+    assert not made.exists() and not list((tmp_path / "native" / "random").iterdir())
 
 
 @pytest.mark.parametrize("given,said", [({"models": ["qwen"]}, "unknown model"), ({"precisions": ["int5"]}, "int5")])

@@ -196,8 +196,7 @@ def in_bitsandbytes(
     from ..native.convert import file_stamps
     from ..quantization import bitsandbytes
 
-    kind = weights if weights in WEIGHTS else hashlib.sha256(str(Path(weights).resolve()).encode()).hexdigest()[:8]
-    target = cache_folder() / "native" / "int8" / f"{row.id}-{kind}"
+    target = int8_folder(row.id, weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     receipt, made_from = target / INT8_RECEIPT, json.dumps(file_stamps(folder))
     with FileLock(target.with_name(f"{target.name}.lock")):
@@ -206,6 +205,12 @@ def in_bitsandbytes(
             free()  # else vLLM finds the card half full
             receipt.write_text(made_from, encoding="utf-8")
     return target, {}
+
+
+def int8_folder(model: str, weights: str) -> Path:
+    """Return where a model in int8 is kept for vLLM, by the weights it is made of."""
+    kind = weights if weights in WEIGHTS else hashlib.sha256(str(Path(weights).resolve()).encode()).hexdigest()[:8]
+    return cache_folder() / "native" / "int8" / f"{model}-{kind}"
 
 
 def random_folder(row: catalog.Model, precision: str | None = None) -> Path:

@@ -22,7 +22,7 @@ from ..memory.matrix import append_rows, in_own_process, is_done
 from ..memory.measure import GIB
 from ..native.convert import RECEIPT
 from ..report.record import common, figure, format_value
-from .command import parallel, random_folder
+from .command import int8_folder, parallel, random_folder
 from .launch import is_cpu_build
 from .offline import offline_engine
 
@@ -216,7 +216,8 @@ def _weights(model: str, weights: str, precision: str, device: str) -> Iterator[
         in_own_process(_write_random, model, folder, pick_device(device))  # the card's memory it takes goes with it
         yield str(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for made in (folder, int8_folder(model, str(folder))):
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _write_random(model: str, folder: Path, device: str) -> None:
