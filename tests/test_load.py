@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import HelpersError, catalog, chat, complete, load
+from helpers import HelpersError, catalog, chat, complete, load, preflight
 from helpers.checkpoints.load import PRECISIONS, TINY, pick_device, pick_dtype, stand_ins
 from helpers.checkpoints.random import RandomTensor, full_config, random_state
 from helpers.native import native_config, read_original
@@ -97,6 +97,7 @@ def test_random_weights_come_packed_by_gptq(monkeypatch):
     assert type(lm.lm_head) is torch.nn.Linear
     logits = lm(torch.tensor([[1, 2, 3]])).logits
     assert logits.isfinite().all() and logits.std() > 0.01
+    assert preflight("qwen3-0.6b", "random", "gptq-int4", "cpu").fits  # the notebooks ask before they load
 
 
 @pytest.mark.parametrize(

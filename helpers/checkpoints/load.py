@@ -59,10 +59,9 @@ def load(
     # On a CPU it warns at every matrix product that int8 computes in fp16, and of an optional kernel it does without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     row = catalog.model(model)
-    packed = weights == "random" and precision in LOADED
-    check_names(weights, "auto" if packed else precision)
+    check_names(weights, precision)
     device = pick_device(device)
-    dtype = pick_dtype("auto" if packed else precision, row.dtype, device)
+    dtype, packed = pick_dtype(precision, row.dtype, device), precision in LOADED
     options: dict[str, Any] = {"dtype": dtype, "device_map": device}
     if precision in ("int8", "nf4"):
         options["quantization_config"] = bitsandbytes_config(precision, dtype)
@@ -109,8 +108,9 @@ def check_names(weights: str, precision: str) -> None:
     """Raise HelpersError for a kind of weights or a precision that does not exist."""
     if weights not in WEIGHTS and not Path(weights).is_dir():
         raise unknown("weights", weights, [*WEIGHTS, "the path of a folder"])
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
+    valid = [*PRECISIONS, *(LOADED if weights == "random" else [])]
+    if precision not in valid:
+        raise unknown("precision", precision, valid)
 
 
 def native_folder(model: str, weights: str = "tiny") -> Path:
@@ -225,7 +225,7 @@ def pick_dtype(precision: str, published: str, device: str) -> torch.dtype:
     import torch
 
     native_bf16 = device == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
-    if precision in ("auto", "int8", "nf4"):
+    if precision in ("auto", "int8", "nf4", *LOADED):
         precision = "fp32" if device == "cpu" else published
         if precision == "bf16" and not native_bf16:
             precision = "fp16"

@@ -14,7 +14,6 @@ from typing import Any
 from .. import catalog
 from ..checkpoints.load import check_names, load
 from ..checkpoints.quantized import labels
-from ..checkpoints.random import LOADED
 from ..errors import HelpersError, unknown
 from ..report.record import common, figure, format_value, measured_row
 from .measure import GIB, free, measure
@@ -55,7 +54,7 @@ def measure_matrix(
 
     Args:
         models: catalogue ids.
-        precisions: as ``load``; with random weights also ``helpers.checkpoints.random.LOADED``.
+        precisions: as ``load``.
         output: file of JSON lines in the form of ``helpers.catalog.MeasuredRow``.
         weights, device: as ``load``; rows of a quantised folder say what weights it was made of.
         new_tokens: as ``generation_speed``.
@@ -67,8 +66,7 @@ def measure_matrix(
     for model in models:
         catalog.model(model)
     for precision in precisions:
-        if weights != "random" or precision not in LOADED:
-            check_names(weights, precision)
+        check_names(weights, precision)
     for decoding in decodings:
         if decoding not in DECODING:
             raise unknown("decoding", decoding, list(DECODING))
