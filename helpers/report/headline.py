@@ -15,6 +15,9 @@ DEVICE = "NVIDIA H100 80GB HBM3"
 MARKS = "<!-- measured: python -m helpers table -->", "<!-- end of measured -->"
 """Between these README.md holds what ``headline`` returns."""
 
+FEWER_BITS_MARKS = "<!-- measured in 8 and 4 bits: python -m helpers table -->", "<!-- end of 8 and 4 bits -->"
+"""Between these README.md holds what ``fewer_bits`` returns."""
+
 PEAKS = {192: (128, 64), 2048: (1984, 64), 8192: (8128, 64)}
 """Tokens of prompt and answer together, and how they were split."""
 
@@ -63,6 +66,33 @@ def headline(device: str = DEVICE) -> str:
         speeds += [_newest(own, "decode_speed", prompt_tokens=128, **VLLM | {"batch": 256})]
         cells = [_cell(one, ".2f") for one in (weights, *peaks)] + [_cell(one, ",.0f") for one in speeds]
         lines.append(f"| {model.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fewer_bits(device: str = DEVICE) -> str:
+    """Return a Markdown table of every model that was measured in 8 or 4 bits at full size, in the catalogue's order.
+
+    Columns are the weights in GiB as transformers holds them, and tokens/s at batch 1 after 128 tokens of prompt: of
+    default ``generate`` in int8, whose step cannot be recorded, of ``FastDecoder`` and of vLLM in 16 bit to compare
+    with, in nf4 and in GPTQ-4. A dash is "not measured".
+
+    Args:
+        device: as rows name it.
+    """
+    kinds = {"16 bit": SIXTEEN, "nf4": ["nf4"], "GPTQ-4": ["gptq-int4"]}
+    columns = ["weights: int8 | nf4 | GPTQ-4", "generate: int8"]
+    columns += [f"{how}: 16 bit | nf4 | GPTQ-4" for how in ("FastDecoder", "vLLM")]
+    lines = [f"| model | {' | '.join(columns)} |", "| --- " + "| ---: " * 10 + "|"]
+    for id, model in catalog.models().items():
+        own = catalog.measured(device=device, weights="random", model=id)
+        by_kind = {kind: [row for row in own if row.precision in names] for kind, names in kinds.items()}
+        packed = [[row for row in own if row.precision == "int8"], by_kind["nf4"], by_kind["GPTQ-4"]]
+        weights = [_newest(rows, "weights", engine="transformers") for rows in packed]
+        ways = [(packed[0], DEFAULT), *((rows, way) for way in (STATIC, VLLM) for rows in by_kind.values())]
+        speeds = [_newest(rows, "decode_speed", prompt_tokens=128, **way) for rows, way in ways]
+        if any(weights):
+            cells = [_cell(one, ".2f") for one in weights] + [_cell(one, ",.0f") for one in speeds]
+            lines.append(f"| {model.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
