@@ -82,7 +82,8 @@ def test_random_weights_load_as_a_checkpoint_does(precision, monkeypatch):
     assert quantised == {"auto": set(), "int8": {"Linear8bitLt"}, "nf4": {"Linear4bit"}}[precision]
 
 
-def test_random_weights_come_packed_by_gptq(monkeypatch):
+@pytest.mark.parametrize(("precision", "codes"), [("gptq-int4", 8), ("gptq-int8", 4)])
+def test_random_weights_come_packed_by_gptq(precision, codes, monkeypatch):
     """The form that a quantised folder has, with no quantising: full size on a GPU takes seconds."""
     from helpers.checkpoints import random
 
@@ -90,14 +91,14 @@ def test_random_weights_come_packed_by_gptq(monkeypatch):
     small.num_hidden_layers, small.hidden_size, small.intermediate_size, small.vocab_size = 1, 128, 256, 64
     small.layer_types = small.layer_types[:1]
     monkeypatch.setattr(random, "full_config", lambda row: small)
-    lm, _ = load("qwen3-0.6b", weights="random", precision="gptq-int4", device="cpu")
+    lm, _ = load("qwen3-0.6b", weights="random", precision=precision, device="cpu")
     layer = lm.model.layers[0].mlp.down_proj
     assert "Linear" in type(layer).__name__ and layer.qweight.dtype == torch.int32
-    assert layer.qweight.numel() * 8 == 128 * 256 and layer.scales.numel() * 128 == 128 * 256
+    assert layer.qweight.numel() * codes == 128 * 256 and layer.scales.numel() * 128 == 128 * 256
     assert type(lm.lm_head) is torch.nn.Linear
     logits = lm(torch.tensor([[1, 2, 3]])).logits
     assert logits.isfinite().all() and logits.std() > 0.01
-    assert preflight("qwen3-0.6b", "random", "gptq-int4", "cpu").fits  # the notebooks ask before they load
+    assert preflight("qwen3-0.6b", "random", precision, "cpu").fits  # the notebooks ask before they load
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def load(
             there are fetched. A folder that ``helpers.quantization`` or ``convert`` made is used where it lies.
         precision: ``"auto"`` takes the published 16-bit type on a GPU and fp32 on a CPU. ``"int8"`` and ``"nf4"``
             are quantised by bitsandbytes while loading. A quantised folder has its own, and takes only ``"auto"``.
-            Random weights come as GPTQ packs them, too, ``"gptq-int4"``: the full size needs no quantising first.
+            Random weights come as GPTQ packs them, too, ``"gptq-int4"`` and ``"gptq-int8"``: the full size needs no
+            quantising first.
         device: ``"auto"`` takes the first CUDA device, else the CPU.
 
     Returns:
@@ -88,8 +89,8 @@ def load(
                 if name.endswith("_token_id"):
                     setattr(config, name, marks[name])
             if packed:
-                config.quantization_config = gptq_config(config, device)
-            state = random_state(config, dtype, device, packed)
+                config.quantization_config = gptq_config(config, precision, device)
+            state = random_state(config, dtype, device, config.quantization_config["bits"] if packed else None)
             with quiet() if packed else nullcontext():
                 loaded = model_class(row.native_class).from_pretrained(None, config=config, state_dict=state, **options)
             loaded.generation_config = transformers.GenerationConfig.from_pretrained(folder)

@@ -33,15 +33,16 @@ def _compressed(form: str, kind: str) -> dict[str, Any]:
     return about | {"config_groups": groups, "ignore": ["lm_head"]}
 
 
+def _gptq(bits: int) -> dict[str, Any]:
+    """Describe weights as GPTQ packs them: symmetric, a scale for each ``GROUP`` of a column."""
+    which = [".layers."]  # what is quantised vLLM else learns from the files, which are not there
+    about = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "sym": True, "desc_act": False}
+    return about | {"modules_in_block_to_quantize": which}
+
+
 FORMATS: dict[str, dict[str, Any]] = {
-    "gptq-int4": {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": GROUP,
-        "sym": True,
-        "desc_act": False,
-        "modules_in_block_to_quantize": [".layers."],  # which ones vLLM else learns from the files, which are not there
-    },
+    "gptq-int8": _gptq(8),
+    "gptq-int4": _gptq(4),
     "awq-int4": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     "w8a8": _compressed("int-quantized", "int"),
     "fp8": _compressed("float-quantized", "float"),
@@ -51,7 +52,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 With it vLLM makes room for weights in that form and fills them at random: no checkpoint is needed to measure one.
 """
 
-LOADED = ["gptq-int4"]
+LOADED = ["gptq-int8", "gptq-int4"]
 """Of these what ``load`` takes with random weights, too: the form that transformers computes in as it is packed."""
 
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int32": "I32"}
@@ -92,7 +93,7 @@ class RandomTensor:
     def __getitem__(self, part: Any) -> torch.Tensor:
         """Make the values: normalisation weights 1, biases 0, everything else normal with deviation 0.02.
 
-        Of packed matrices the codes are any, the zeros the middle of 4 bits, and the scales as small as weights are.
+        Of packed matrices the codes are any, the zeros near the middle, and the scales as small as weights are.
         The name seeds the generator, so a model is the same whatever the order its tensors are read in.
         """
         import torch
@@ -101,7 +102,7 @@ class RandomTensor:
         if kind == "g_idx":
             return (torch.arange(self.shape[0], device=self.device, dtype=self.dtype) // GROUP)[part]
         if kind == "qzeros":
-            return tensor.fill_(0x77777777)[part]  # GPTQ stores a zero less one
+            return tensor.fill_(0x77777777)[part]  # eight times 7, which GPTQ reads as 8; or four times 120
         if tensor.ndim == 1:
             return tensor.fill_(0 if kind == "bias" else 1)[part]
         seeded = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
@@ -111,14 +112,14 @@ class RandomTensor:
 
 
 def random_state(
-    config: PreTrainedConfig, dtype: torch.dtype, device: str, packed: bool = False
+    config: PreTrainedConfig, dtype: torch.dtype, device: str, bits: int | None = None
 ) -> dict[str, RandomTensor]:
     """Return a state dict of ``RandomTensor`` for a native config; a tied head is left to its embedding.
 
     Args:
         config: of the model, full size.
         dtype, device: of what is not packed, and where values are made.
-        packed: the matrices of the layers as GPTQ packs them, 4 bits in groups of ``GROUP``.
+        bits: of the matrices of the layers as GPTQ packs them, 4 or 8, in groups of ``GROUP``; None for plain ones.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -126,27 +127,30 @@ def random_state(
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     shapes = {name: (tuple(tensor.shape), dtype) for name, tensor in empty.named_parameters()}  # a shared one once
-    if packed:
+    if bits:
         for name, layer in empty.named_modules():
             if isinstance(layer, torch.nn.Linear) and ".layers." in name:
                 del shapes[f"{name}.weight"]
-                shapes |= _packed(name, layer.in_features, layer.out_features, dtype)
+                shapes |= _packed(name, layer.in_features, layer.out_features, dtype, bits)
     return {name: RandomTensor(name, shape, kind, device) for name, (shape, kind) in shapes.items()}
 
 
-def _packed(name: str, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return names, shapes and types of what GPTQ writes of a matrix: eight codes of 4 bits in an int32."""
+def _packed(
+    name: str, rows: int, columns: int, dtype: torch.dtype, bits: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return names, shapes and types of what GPTQ writes of a matrix; an int32 holds four codes of 8 bits, or eight."""
     import torch
 
+    codes = 32 // bits
     return {
-        f"{name}.qweight": ((rows // 8, columns), torch.int32),
-        f"{name}.qzeros": ((rows // GROUP, columns // 8), torch.int32),
+        f"{name}.qweight": ((rows // codes, columns), torch.int32),
+        f"{name}.qzeros": ((rows // GROUP, columns // codes), torch.int32),
         f"{name}.scales": ((rows // GROUP, columns), dtype),
         f"{name}.g_idx": ((rows,), torch.int32),
     }
 
 
-def gptq_config(config: PreTrainedConfig, device: str) -> dict[str, Any]:
+def gptq_config(config: PreTrainedConfig, precision: str, device: str) -> dict[str, Any]:
     """Return the ``quantization_config`` of a random model that is packed by GPTQ, as ``load`` gives it.
 
     Raises:
@@ -157,7 +161,7 @@ def gptq_config(config: PreTrainedConfig, device: str) -> dict[str, Any]:
     if config.model_type.startswith("rwkv"):
         why = "GPTQModel replays a model block by block, and an RWKV block needs its state besides"
         raise HelpersError(f"no {config.model_type} packed by GPTQ", why, "take nf4 or int8, which do RWKV")
-    settings = {name: value for name, value in FORMATS["gptq-int4"].items() if name != "modules_in_block_to_quantize"}
+    settings = {name: value for name, value in FORMATS[precision].items() if name != "modules_in_block_to_quantize"}
     if config.model_type == "chatglm1":
         settings["block_name_to_quantize"] = "transformer.layers"
     return settings | {"backend": gptq_kernel(settings, config, device)}
