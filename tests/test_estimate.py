@@ -160,9 +160,15 @@ def test_prefill_speed_within_a_factor_of_two():
 
 
 def test_prefill_speed_of_long_prompts_within_a_quarter():
-    found = errors("prefill_speed", ["fp16", "bf16"])
+    found = errors("prefill_speed", ["fp16", "bf16", "gptq-int4"])
     long = {row: error for row, error in found.items() if row[4][1] > 1000 and row[1] != "qwen3-0.6b"}
     assert len(long) > 15 and {row: error for row, error in long.items() if abs(error) > 0.25} == {}
+    assert {row[1] for row in long if row[2] == "gptq-int4"} >= {"qwen-7b", "internlm2-7b", "baichuan2-13b"}
+
+
+def test_prefill_speed_of_long_prompts_in_int8_within_a_third():
+    long = {row: error for row, error in errors("prefill_speed", ["int8"]).items() if row[4][1] > 1000}
+    assert len(long) >= 4 and {row: error for row, error in long.items() if abs(error) > 1 / 3} == {}
 
 
 def test_kv_tokens_of_vllm_within_three_percent():
