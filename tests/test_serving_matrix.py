@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -87,13 +88,31 @@ def test_random_weights_on_disk_are_a_folder_that_vllm_quantises(model, tmp_path
 
 
 def test_weights_written_for_bitsandbytes_are_removed_with_what_was_made_of_them(tmp_path, monkeypatch):
+    written, served = [], []
+
+    def here(function, *task):
+        if function is matrix._write_random:
+            written.append(task[0])
+            return task[1].mkdir(parents=True)
+        return function(*task)
+
+    @contextmanager
+    def engine(weights, precision, **_):
+        assert Path(weights).is_dir()
+        served.append(precision)
+        int8_folder("qwen-7b", weights).mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt if len(served) == 2 else ValueError("no card")
+        yield
+
     monkeypatch.setenv("LLM_DEPLOY_CACHE", str(tmp_path))
-    monkeypatch.setattr(matrix, "in_own_process", lambda function, model, folder, device: folder.mkdir(parents=True))
-    with pytest.raises(KeyboardInterrupt), matrix._weights("qwen-7b", "random", "int8", "cpu") as folder:
-        made = int8_folder("qwen-7b", folder)
-        made.mkdir(parents=True)
-        raise KeyboardInterrupt
-    assert not made.exists() and not list((tmp_path / "native" / "random").iterdir())
+    monkeypatch.setattr(matrix, "in_own_process", here)
+    monkeypatch.setattr(matrix, "offline_engine", engine)
+    asked = {"prompt_tokens": [8], "weights": "random", "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        matrix.measure_engines(["qwen-7b"], ["nf4", "int8"], tmp_path / "rows.jsonl", **asked)
+    assert (written, served) == (["qwen-7b"], ["nf4", "int8"])  # written once, read twice
+    assert [folder.exists() for folder in matrix._files("qwen-7b")] == [False] * 3
+    assert not list((tmp_path / "native" / "random").iterdir())
 
 
 @pytest.mark.parametrize("given,said", [({"models": ["qwen"]}, "unknown model"), ({"precisions": ["int5"]}, "int5")])

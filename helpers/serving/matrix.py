@@ -7,9 +7,8 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +57,7 @@ def measure_engines(
         precisions: as ``serve``; with random weights also ``helpers.checkpoints.random.FORMATS``, made up by vLLM.
         output: file of JSON lines in the form of ``helpers.catalog.MeasuredRow``.
         weights, device: as ``serve``. Random weights in ``int8`` and ``nf4`` are written to disk first (vLLM quantises
-            only what it reads from files) and removed afterwards.
+            only what it reads from files), once for both, and removed after the model's last engine.
         batches, prompt_tokens: prompts at once, and tokens of each; one or several.
         new_tokens: of each answer.
         prefix: put before the name of every figure, ``<prefix>_``: for a variant that no field of a row tells, such as
@@ -74,18 +73,27 @@ def measure_engines(
     for precision in precisions:
         if weights != "random" or precision not in FORMATS:
             check_names(weights, precision)
-    for model, precision in itertools.product(models, precisions):
-        print(f"{model} {precision}", flush=True)
-        about = {"model": model, "weights": weights, "precision": precision, "device": device}
-        sizes = itertools.product(batches, prompt_tokens)
-        points = [{"batch": batch, "prompt_tokens": length, "new_tokens": new_tokens} for batch, length in sizes]
-        task = (about, points, output, f"{prefix}_" if prefix else "", options)
+    sizes = itertools.product(batches, prompt_tokens)
+    points = [{"batch": batch, "prompt_tokens": length, "new_tokens": new_tokens} for batch, length in sizes]
+    for model in models:
         try:
-            in_own_process(_measure_engine, *task)
-        except BrokenProcessPool:
-            print("  left out: the engine's process died; it may have run out of memory", flush=True)
-        except Exception as error:  # an engine that does not start says so in errors of any kind
-            print(f"  left out: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+            for precision in precisions:
+                print(f"{model} {precision}", flush=True)
+                about = {"model": model, "weights": weights, "precision": precision, "device": device}
+                _try_engine(about, points, output, f"{prefix}_" if prefix else "", options)
+        finally:
+            for folder in _files(model):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _try_engine(*task: Any) -> None:
+    """Measure one engine in a process of its own; what goes wrong is said, and the next one is tried."""
+    try:
+        in_own_process(_measure_engine, *task)
+    except BrokenProcessPool:
+        print("  left out: the engine's process died; it may have run out of memory", flush=True)
+    except Exception as error:  # an engine that does not start says so in errors of any kind
+        print(f"  left out: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
 
 
 def _measure_engine(
@@ -97,27 +105,24 @@ def _measure_engine(
     if not todo:
         print("  measured already", flush=True)
         return
-    with _weights(**about) as weights:
-        asked = {"model": about["model"], "weights": weights, "precision": about["precision"]}
-        settings = {"skip_tokenizer_init": True, "worker_extension_cls": EXTENSION}
-        settings["max_num_seqs"] = max(256, *(point["batch"] for point in points))
-        settings["apart"] = not is_cpu_build()  # as the server runs it; the build for CPUs is slow to start so
-        started = time.perf_counter()
-        with offline_engine(**asked, device=about["device"], **(settings | options)) as engine:
-            seconds = time.perf_counter() - started
-            if not is_done(output, f"{prefix}start_seconds", {}):
-                figures = engine_memory(engine)
-                start = ("start_seconds", seconds, "s", "from the call to an engine that answers, imports included")
-                append_rows(output, [_row(prefix, *one) for one in (*figures, start)])
-                print("  " + ", ".join(f"{name} {format_value(value)} {unit}" for name, value, unit, _ in figures))
-            for point in todo:
-                figures = engine_speed(engine, **point)
-                append_rows(output, [_row(prefix, *one, **point) for one in figures])
-                shown = [f"{name} {format_value(value)} {unit}" for name, value, unit, _ in figures]
-                print(
-                    f"  {point['batch']} x {point['prompt_tokens']} + {point['new_tokens']} tokens: {', '.join(shown)}",
-                    flush=True,
-                )
+    asked = about | {"weights": _readable(**about)}
+    settings = {"skip_tokenizer_init": True, "worker_extension_cls": EXTENSION}
+    settings["max_num_seqs"] = max(256, *(point["batch"] for point in points))
+    settings["apart"] = not is_cpu_build()  # as the server runs it; the build for CPUs is slow to start so
+    started = time.perf_counter()
+    with offline_engine(**asked, **(settings | options)) as engine:
+        seconds = time.perf_counter() - started
+        if not is_done(output, f"{prefix}start_seconds", {}):
+            figures = engine_memory(engine)
+            start = ("start_seconds", seconds, "s", "from the call to an engine that answers, imports included")
+            append_rows(output, [_row(prefix, *one) for one in (*figures, start)])
+            print("  " + ", ".join(f"{name} {format_value(value)} {unit}" for name, value, unit, _ in figures))
+        for point in todo:
+            figures = engine_speed(engine, **point)
+            append_rows(output, [_row(prefix, *one, **point) for one in figures])
+            shown = ", ".join(f"{name} {format_value(value)} {unit}" for name, value, unit, _ in figures)
+            sizes = f"{point['batch']} x {point['prompt_tokens']} + {point['new_tokens']} tokens"
+            print(f"  {sizes}: {shown}", flush=True)
 
 
 class EngineFigures:
@@ -204,20 +209,22 @@ def engine_speed(engine: LLM, batch: int, prompt_tokens: int, new_tokens: int) -
     ]
 
 
-@contextmanager
-def _weights(model: str, weights: str, precision: str, device: str) -> Iterator[str]:
-    """Give what ``offline_engine`` is to take as weights; random ones for bitsandbytes as a folder, while it lasts."""
-    if weights != "random" or precision not in ("int8", "nf4"):
-        yield weights
-        return
+def _files(model: str) -> tuple[Path, Path, Path]:
+    """Return where random weights are written for bitsandbytes: in 16 bit, until they are whole, and in int8."""
     folder = cache_folder() / "native" / "random" / f"{model}-files"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        in_own_process(_write_random, model, folder, pick_device(device))  # the card's memory it takes goes with it
-        yield str(folder)
-    finally:
-        for made in (folder, int8_folder(model, str(folder))):
-            shutil.rmtree(made, ignore_errors=True)
+    return folder, folder.with_name(f"{folder.name}.part"), int8_folder(model, str(folder))
+
+
+def _readable(model: str, weights: str, precision: str, device: str) -> str:
+    """Return what ``offline_engine`` is to take as weights: random ones for bitsandbytes as a folder."""
+    if weights != "random" or precision not in ("int8", "nf4"):
+        return weights
+    folder, beside, _ = _files(model)
+    if not folder.exists():
+        shutil.rmtree(beside, ignore_errors=True)
+        in_own_process(_write_random, model, beside, pick_device(device))  # the card's memory it takes goes with it
+        beside.rename(folder)
+    return str(folder)
 
 
 def _write_random(model: str, folder: Path, device: str) -> None:
