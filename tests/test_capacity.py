@@ -325,5 +325,6 @@ def test_rows_of_this_repository_are_taken_where_there_are_any():
 
 
 def test_a_precision_of_which_no_speed_is_predicted_is_refused():
-    with pytest.raises(HelpersError, match="cannot say how fast qwen-7b is in int8: no speed of this precision"):
+    said = "cannot say how fast qwen-7b is in int8: no speed of this precision in vLLM"
+    with pytest.raises(HelpersError, match=said):
         engine_on("h100-sxm", "qwen-7b", "int8")

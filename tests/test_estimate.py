@@ -323,7 +323,8 @@ def test_freed_blocks_are_not_needed():
     """What default generate frees as its cache grows is nvidia-smi's, but PyTorch returns it before it gives up."""
     run = estimate("qwen-7b", "int8", gpu="t4")
     cached = run.bytes("cached")
-    assert cached > GIB / 2 and run.needed == run.total - cached and "needed" in str(run)
+    assert run.needed == run.total - cached and "needed" in str(run)
+    assert estimate("qwen-7b", "int8", gpu="t4", prompt_tokens=1).bytes("cached") > GIB > cached > 0
     assert run.longest_context == 8192 == estimate("qwen-7b", "int8", gpu="t4", decoding="static").longest_context
     room = estimate("qwen-7b", "nf4", "vllm", gpu="h100-sxm")
     assert room.needed == pytest.approx(room.total - room.bytes("reserved"))

@@ -93,7 +93,7 @@ def test_random_weights_come_packed_by_gptq(precision, codes, monkeypatch):
     monkeypatch.setattr(random, "full_config", lambda row: small)
     lm, _ = load("qwen3-0.6b", weights="random", precision=precision, device="cpu")
     layer = lm.model.layers[0].mlp.down_proj
-    assert "Linear" in type(layer).__name__ and layer.qweight.dtype == torch.int32
+    assert layer.qweight.dtype == torch.int32
     assert layer.qweight.numel() * codes == 128 * 256 and layer.scales.numel() * 128 == 128 * 256
     assert type(lm.lm_head) is torch.nn.Linear
     logits = lm(torch.tensor([[1, 2, 3]])).logits

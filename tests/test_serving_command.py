@@ -62,9 +62,8 @@ def test_int8_of_other_weights_and_of_changed_ones_is_made_anew(monkeypatch, tmp
 
     freed = []
     monkeypatch.setattr(quantization, "bitsandbytes", quantised)
-    monkeypatch.setattr(
-        sys.modules["helpers.memory.measure"], "free", lambda: freed.append(len(made))
-    )  # the card is vLLM's then
+    measure = sys.modules["helpers.memory.measure"]  # the package has a function of that name
+    monkeypatch.setattr(measure, "free", lambda: freed.append(len(made)))  # the card is vLLM's then
     monkeypatch.setenv("LLM_DEPLOY_CACHE", str(tmp_path / "cache"))
     sources = {"tiny": tmp_path / "tiny" / "qwen-7b", "hub": tmp_path / "hub" / "qwen-7b"}
     sources |= {str(tmp_path / name / "mine"): tmp_path / name / "mine" for name in ("one", "two")}

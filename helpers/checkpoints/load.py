@@ -90,7 +90,7 @@ def load(
                     setattr(config, name, marks[name])
             if packed:
                 config.quantization_config = gptq_config(config, precision, device)
-            state = random_state(config, dtype, device, config.quantization_config["bits"] if packed else None)
+            state = random_state(config, dtype, device)
             with quiet() if packed else nullcontext():
                 loaded = model_class(row.native_class).from_pretrained(None, config=config, state_dict=state, **options)
             loaded.generation_config = transformers.GenerationConfig.from_pretrained(folder)

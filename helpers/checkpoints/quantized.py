@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 RECEIPT = "quantization.json"
 """What helpers.quantization writes beside quantised weights: method, settings, calibration, versions."""
 
+NO_RWKV = "GPTQModel replays a model block by block, and an RWKV block needs its state besides"
+"""Why there is no RWKV in GPTQ, AWQ or rounded by GPTQModel."""
+
+GPTQ_BLOCKS = {"chatglm1": "transformer.layers"}
+"""Kind of model -> its ``block_name_to_quantize``, where transformers' reader of GPTQ does not guess it."""
+
 
 def labels(weights: str, precision: str) -> dict[str, str]:
     """Return what rows of a measurement say of weights and precision: of a quantised folder what its receipt says."""

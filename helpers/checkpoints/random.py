@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HelpersError
+from .quantized import GPTQ_BLOCKS, NO_RWKV, gptq_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -111,15 +112,13 @@ class RandomTensor:
         return tensor.normal_(0, 0.02, generator=seeded)[part]
 
 
-def random_state(
-    config: PreTrainedConfig, dtype: torch.dtype, device: str, bits: int | None = None
-) -> dict[str, RandomTensor]:
+def random_state(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> dict[str, RandomTensor]:
     """Return a state dict of ``RandomTensor`` for a native config; a tied head is left to its embedding.
 
     Args:
-        config: of the model, full size.
+        config: of the model, full size. With the ``quantization_config`` of ``gptq_config`` the matrices of the layers
+            are as GPTQ packs them.
         dtype, device: of what is not packed, and where values are made.
-        bits: of the matrices of the layers as GPTQ packs them, 4 or 8, in groups of ``GROUP``; None for plain ones.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -127,11 +126,12 @@ def random_state(
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     shapes = {name: (tuple(tensor.shape), dtype) for name, tensor in empty.named_parameters()}  # a shared one once
-    if bits:
+    packing = getattr(config, "quantization_config", None)
+    if packing:
         for name, layer in empty.named_modules():
             if isinstance(layer, torch.nn.Linear) and ".layers." in name:
                 del shapes[f"{name}.weight"]
-                shapes |= _packed(name, layer.in_features, layer.out_features, dtype, bits)
+                shapes |= _packed(name, layer.in_features, layer.out_features, dtype, packing["bits"])
     return {name: RandomTensor(name, shape, kind, device) for name, (shape, kind) in shapes.items()}
 
 
@@ -156,14 +156,12 @@ def gptq_config(config: PreTrainedConfig, precision: str, device: str) -> dict[s
     Raises:
         HelpersError: an RWKV, which no GPTQ library quantises.
     """
-    from .quantized import gptq_kernel
-
-    if config.model_type.startswith("rwkv"):
-        why = "GPTQModel replays a model block by block, and an RWKV block needs its state besides"
-        raise HelpersError(f"no {config.model_type} packed by GPTQ", why, "take nf4 or int8, which do RWKV")
+    kind = config.model_type
+    if kind.startswith("rwkv"):
+        raise HelpersError(f"no {kind} packed by GPTQ", NO_RWKV, "take nf4 or int8, which do RWKV")
     settings = {name: value for name, value in FORMATS[precision].items() if name != "modules_in_block_to_quantize"}
-    if config.model_type == "chatglm1":
-        settings["block_name_to_quantize"] = "transformer.layers"
+    if kind in GPTQ_BLOCKS:
+        settings["block_name_to_quantize"] = GPTQ_BLOCKS[kind]
     return settings | {"backend": gptq_kernel(settings, config, device)}
 
 

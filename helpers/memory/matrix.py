@@ -111,7 +111,6 @@ def _measure_model(
         _measure_points(model, weights, precision, device, points, output)
     except TOO_MUCH as error:
         _say_what_failed("  not loaded", error, output, LOADING)
-    free()
 
 
 def _measure_points(

@@ -48,7 +48,7 @@ FITTED = {
     "request, most": 37e-6,
     "nf4 matrix": 26e-6,  # more for each bitsandbytes 4-bit matrix; median of the fitted nf4 rows
     "nf4 pace": 0.41,  # of the share: bitsandbytes' own 4-bit kernel, least squares over seven static rows (0.30-0.52)
-    "gptq kernel": 7.2e-6,  # seconds more for each matrix of a recorded step: GPTQModel's Marlin; ten rows, 2.8 to 12.9
+    "gptq kernel": 7.4e-6,  # seconds more for each matrix of a recorded step, GPTQModel's Marlin: median of six fitted
     "int8 matrix": 314e-6,  # more for each int8 matrix: the host waits for the outliers; two rows, none held out
 }
 
@@ -56,7 +56,7 @@ VLLM_MATRIX = {"fp8": 2.5e-6, "w8a8": 2.5e-6, "gptq-int4": 12e-6, "awq-int4": 12
 """Seconds more for each of a layer's four matrices in vLLM 0.26 on an H100: what is multiplied is quantised first (8
 bit), or Machete, its kernel for 4 bit, is slow for few rows. Rounded from qwen-7b at batch 1, so none is held out:
 2.9 and 3.6 microseconds at 8 bit, 12.4 and 13.2 at 4; more at larger batches. Of nf4 (bitsandbytes' kernels, as in
-transformers) 3 to 7 at batch 1, up to 19 from 8 on."""
+transformers) rounded from the rows of three fitted models: 5 to 7 at batch 1, 6 to 19 at 8 and 32, 32 to 36 at 256."""
 
 COMPILED_KERNELS = 0.37
 """Share of a recorded step's operations that torch.compile leaves; fitted on the compiled rows, H100, 2026-11."""
@@ -71,7 +71,8 @@ PREFILL_SOURCE = "whole prompt at once; above some hundred tokens bound by compu
 
 PREFILL_SHARES = {"int8": 0.17, "gptq-int4": 0.33}
 """What PREFILL_SHARE is in transformers where the matrices are in 8 or 4 bits: bitsandbytes looks for outliers and
-multiplies twice, Marlin unpacks every weight for each tile of rows. Medians at 1,984 tokens, 0.16-0.24, 0.32-0.34."""
+multiplies twice, Marlin unpacks every weight for each tile of rows. At 1,984 tokens; medians of the fitted models' rows
+(0.16, 0.17; 0.33 to 0.34)."""
 
 UNRECORDED_IN_VLLM = ("int8",)
 """bitsandbytes' 8-bit kernels in vLLM: no row says what they cost beside the reading, so no speed is predicted."""
@@ -100,7 +101,7 @@ def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode | None:
         run.precision,
         run.batch,
         (run.prompt + run.context) / 2,
-        unpacks=True,
+        unpacks=True,  # nf4, which bitsandbytes computes in vLLM as well
         group_size=run.group_size,
         kv_element=run.kv_element,
     )

@@ -133,7 +133,7 @@ def point_of(row: MeasuredRow) -> Point | None:
     if spread or card is None or precision not in BYTES or not (row.batch and row.prompt_tokens):
         return None
     how = row.engine if row.engine != "transformers" else f"{row.engine}, {row.decoding or 'default'}"
-    given = {"batch": row.batch, "unpacks": row.engine == "transformers"}
+    given = {"batch": row.batch, "unpacks": True}  # nf4 alone, which bitsandbytes computes in vLLM as well
     if row.name == "decode_speed":
         work = decode_work(row.model, precision, context=row.prompt_tokens + (row.new_tokens or 0) / 2, **given)
     elif row.name == "prefill_speed":

@@ -67,8 +67,8 @@ def decode_work(
         precision: a key of ``parts.BYTES``.
         batch: sequences at once.
         context: tokens of each in the KV cache, the average over an answer.
-        unpacks: True for bitsandbytes in transformers, which from ``UNPACKED_FROM`` tokens on writes each nf4 matrix
-            out in 16 bit before it multiplies.
+        unpacks: True for bitsandbytes, in transformers or vLLM, which from ``UNPACKED_FROM`` tokens on writes each nf4
+            matrix out in 16 bit before it multiplies.
         group_size: weights that share a scale, of GPTQ and AWQ.
         kv_element: bytes of a number in the KV cache; None for that of what is not quantised.
 

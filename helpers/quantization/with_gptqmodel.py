@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from ..checkpoints.quantized import quiet
+from ..checkpoints.quantized import GPTQ_BLOCKS, NO_RWKV, quiet
 from ..checkpoints.random import SHARD
 from ..errors import HelpersError, unknown
 from .calibration import Text, calibrate
@@ -155,8 +155,7 @@ def _run(
 
 def _check_model(job: Job, linear: dict[str, tuple[int, int]], group_size: int, awq: bool) -> None:
     if any(name.startswith("rwkv.") for name in linear):
-        why = "GPTQModel replays a model block by block, and an RWKV block needs its state besides"
-        raise HelpersError(f"cannot quantise {job.model} by GPTQModel", why, "take bitsandbytes, which does RWKV")
+        raise HelpersError(f"cannot quantise {job.model} by GPTQModel", NO_RWKV, "take bitsandbytes, which does RWKV")
     if awq and any(name.startswith("transformer.") for name in linear):
         why = "AWQ moves scales into the norms, and ChatGLM-6B reads its norms' output beside the matrices too"
         raise HelpersError(f"cannot quantise {job.model} by AWQ", why, "take gptq or bitsandbytes")
@@ -239,6 +238,6 @@ def _mend_config(job: Job) -> None:
     """Say in config.json which blocks are quantised, which transformers' reader only guesses for known names."""
     file = job.folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    if config["model_type"] == "chatglm1":
-        config["quantization_config"]["block_name_to_quantize"] = "transformer.layers"
+    if config["model_type"] in GPTQ_BLOCKS:
+        config["quantization_config"]["block_name_to_quantize"] = GPTQ_BLOCKS[config["model_type"]]
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -79,17 +79,18 @@ def fewer_bits(device: str = DEVICE) -> str:
     Args:
         device: as rows name it.
     """
-    kinds = {"16 bit": SIXTEEN, "nf4": ["nf4"], "GPTQ-4": ["gptq-int4"]}
     columns = ["weights: int8 | nf4 | GPTQ-4", "generate: int8"]
     columns += [f"{how}: 16 bit | nf4 | GPTQ-4" for how in ("FastDecoder", "vLLM")]
     lines = [f"| model | {' | '.join(columns)} |", "| --- " + "| ---: " * 10 + "|"]
     for id, model in catalog.models().items():
         own = catalog.measured(device=device, weights="random", model=id)
-        by_kind = {kind: [row for row in own if row.precision in names] for kind, names in kinds.items()}
-        packed = [[row for row in own if row.precision == "int8"], by_kind["nf4"], by_kind["GPTQ-4"]]
-        weights = [_newest(rows, "weights", engine="transformers") for rows in packed]
-        ways = [(packed[0], DEFAULT), *((rows, way) for way in (STATIC, VLLM) for rows in by_kind.values())]
-        speeds = [_newest(rows, "decode_speed", prompt_tokens=128, **way) for rows, way in ways]
+        plain, int8, nf4, gptq = (
+            [row for row in own if row.precision in kinds] for kinds in (SIXTEEN, ["int8"], ["nf4"], ["gptq-int4"])
+        )
+        weights = [_newest(rows, "weights", engine="transformers") for rows in (int8, nf4, gptq)]
+        speeds = [_newest(int8, "decode_speed", prompt_tokens=128, **DEFAULT)]
+        for way in (STATIC, VLLM):
+            speeds += [_newest(rows, "decode_speed", prompt_tokens=128, **way) for rows in (plain, nf4, gptq)]
         if any(weights):
             cells = [_cell(one, ".2f") for one in weights] + [_cell(one, ",.0f") for one in speeds]
             lines.append(f"| {model.name} | " + " | ".join(cells) + " |")

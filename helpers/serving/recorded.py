@@ -9,8 +9,13 @@ from .. import catalog
 PLAIN = "16 bit"
 ORDER = [PLAIN, "fp8", "w8a8", "int8", "gptq-int8", "gptq-int4", "awq-int4", "nf4"]
 
-VARIANTS = {"": "", "marlin_": "Marlin", "marlin_head_": "Marlin, output layer too", "exllama_": "ExLlama"}
-VARIANTS["fp8_kv_"] = "KV cache in FP8"
+VARIANTS = {
+    "": "",
+    "marlin_": "Marlin",
+    "marlin_head_": "Marlin, output layer too",
+    "exllama_": "ExLlama",
+    "fp8_kv_": "KV cache in FP8",
+}
 """Prefix of recorded figures (``measure_engines``) -> what was not left to vLLM's own choice, in words."""
 
 FIGURE = re.compile(rf"({'|'.join(VARIANTS)})(weights|kv_tokens|decode_speed)")
