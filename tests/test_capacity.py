@@ -324,7 +324,7 @@ def test_rows_of_this_repository_are_taken_where_there_are_any():
             assert engine_on("h100-sxm", model)[1] == "recorded"
 
 
-def test_a_precision_of_which_no_speed_is_predicted_is_refused():
-    said = "cannot say how fast qwen-7b is in int8: no speed of this precision in vLLM"
-    with pytest.raises(HelpersError, match=said):
-        engine_on("h100-sxm", "qwen-7b", "int8")
+def test_int8_writes_as_slowly_alone_as_in_a_crowd():
+    engine, source = engine_on("h100-sxm", "qwen-7b", "int8")
+    assert source == "recorded" and sorted(engine.step_seconds) == [1, 32] and engine.max_num_seqs == 32
+    assert engine.step_seconds[32] < 1.2 * engine.step_seconds[1]

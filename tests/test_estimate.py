@@ -106,8 +106,12 @@ GROWN = {
         ("chatglm-6b", "nf4", (1, 128, 64)),  # packing it left 0.35 GiB more than packing the others
     ]
 }
-GROWN |= {("allocated_peak", "qwen3-0.6b", *run) for run in [("bf16", (1, 8128, 64)), ("nf4", (1, 128, 64))]}
-"""Runs more than 5 % off: freed blocks that PyTorch keeps, and activations, which count in a small model."""
+GROWN |= {("allocated_peak", "qwen3-0.6b", "nf4", (1, 128, 64))}
+GROWN |= {(name, "qwen3-0.6b", "gptq-int4", (1, 128, 64)) for name in ("reserved_peak", "nvml_process")}
+GROWN |= {("load_allocated_peak", "qwen3-0.6b", kind, (None, None, None)) for kind in ("bf16", "nf4")}
+"""Runs more than 5 % off: freed blocks that PyTorch keeps, and in the smallest model what is small: activations, blocks
+rounded up (50 to 80 MiB), and 64 MiB of workspaces that models before it in the same process had left (2026-11-26 and
+-27; since then each has a process of its own)."""
 
 
 @pytest.mark.parametrize("precisions", KINDS, ids=str)
@@ -131,7 +135,7 @@ def test_peak_within_five_percent(name, precisions, decoding):
 
 @pytest.mark.parametrize("engine,decoding", [("transformers", "static"), ("transformers", "compiled"), ("vllm", None)])
 def test_decode_speed_within_a_fifth_where_the_device_bounds_it(engine, decoding):
-    found = errors("decode_speed", list(BYTES), decoding, engine)
+    found = errors("decode_speed", [precision for precision in BYTES if precision != "int8"], decoding, engine)
     assert {row: error for row, error in found.items() if abs(error) > 0.2} == {}
 
 
@@ -145,12 +149,13 @@ def test_default_decode_speed_within_a_fifth_but_for_rows_that_are_named(precisi
 
 def test_every_default_row_is_in_the_range_of_the_host():
     rows = catalog.measured(name="decode_speed", decoding="default", weights="random")
+    rows += catalog.measured(name="decode_speed", engine="vllm", precision="int8")
     outside = []
     for row in rows:
         low, high = run_of(row).decode_range
         if not low <= row.value <= high:
             outside.append((row.model, row.precision, row.notebook, row.value))
-    assert len(rows) > 20 and outside == []
+    assert len(rows) > 20 and {row.engine for row in rows} == {"transformers", "vllm"} and outside == []
 
 
 def test_prefill_speed_within_a_factor_of_two():
@@ -305,7 +310,49 @@ def test_a_static_cache_is_whole_from_the_start_and_never_copied():
         part.name: part.bytes for part in memory(about, Setting("fp16", "transformers", "static", 1, 100, 8000))[0]
     }
     assert parts["KV cache"] == 8000 * 28 * 1024 and "freed blocks of the growing cache" not in parts
-    assert parts["attention: mask"] == 100 * 8000 * 3 + 2 * 8000 * 4096 * 2
+    assert parts["freed blocks of the prompt"] == pytest.approx(0.35 * parts["activations"])
+
+
+def test_a_prompt_in_a_static_cache_needs_no_mask(monkeypatch):
+    """What the estimate leaves out: transformers reads a prompt without padding by the kernel's own causal mask."""
+    import torch
+
+    from helpers import load
+    from helpers.decode import FastDecoder
+
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, **given):
+        seen.append((query.shape[2], key.shape[2], attn_mask, given["is_causal"]))
+        return real(query, key, value, attn_mask=attn_mask, **given)
+
+    model, _ = load("chatglm3-6b", "tiny", "fp32", "cpu")
+    decoder = FastDecoder(model, 80)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    decoder.prefill(torch.full((1, 64), 5))
+    assert seen == [(64, 64, None, True)] * model.config.num_hidden_layers
+
+
+def test_freed_blocks_are_the_largest_of_what_was_freed():
+    def freed(precision, decoding, prompt):
+        run = estimate("chatglm3-6b", precision, context=8192, prompt_tokens=prompt, decoding=decoding, gpu="h100-sxm")
+        parts = [part for part in run.components if part.where == "cached"]
+        return {part.name.removeprefix("freed blocks of "): part.bytes for part in parts}
+
+    about = sized("chatglm3-6b")
+    read = 0.35 * activations(about, Setting("nf4", "transformers", "static", 1, 8000, 8192), 8000)
+    assert freed("nf4", "static", 1) == {"loading": 2.9 * about.largest_matrix()}
+    assert freed("nf4", "static", 8000) == freed("nf4", "default", 8000) == {"the prompt": pytest.approx(read)}
+    assert list(freed("bf16", "default", 8)) == ["the growing cache"]
+    assert freed("bf16", "static", 1).keys() == {"the prompt"}
+
+
+def test_loading_has_no_workspace_yet():
+    """Nothing was multiplied: 16-bit weights alone, beside quantised ones the largest matrix."""
+    about = sized("chatglm3-6b")
+    for precision, more in [("bf16", 0), ("nf4", 2.5), ("gptq-int4", 1.15)]:
+        loading = estimate("chatglm3-6b", precision, gpu="h100-sxm").moments["loading"]
+        assert loading == pytest.approx(weight_bytes(about, precision) + more * about.largest_matrix())
 
 
 def test_rwkv_has_a_state_whatever_the_length():
@@ -324,19 +371,24 @@ def test_freed_blocks_are_not_needed():
     run = estimate("qwen-7b", "int8", gpu="t4")
     cached = run.bytes("cached")
     assert run.needed == run.total - cached and "needed" in str(run)
-    assert estimate("qwen-7b", "int8", gpu="t4", prompt_tokens=1).bytes("cached") > GIB > cached > 0
+    assert estimate("qwen-7b", "int8", gpu="t4", prompt_tokens=1).bytes("cached") == GIB > cached > 0
     assert run.longest_context == 8192 == estimate("qwen-7b", "int8", gpu="t4", decoding="static").longest_context
     room = estimate("qwen-7b", "nf4", "vllm", gpu="h100-sxm")
     assert room.needed == pytest.approx(room.total - room.bytes("reserved"))
 
 
-def test_no_speed_is_predicted_of_bitsandbytes_in_vllm_until_one_is_recorded():
-    for precision in predict.UNRECORDED_IN_VLLM:
-        assert not catalog.measured(name="decode_speed", engine="vllm", precision=precision), "predict it now"
-        run = estimate("qwen-7b", precision, "vllm", gpu="h100-sxm")
-        assert run.decode_tokens_per_s is run.decode_range is run.bound is None and run.kv_tokens > 0
-        assert any(f"no speed of {precision} in vLLM" in note for note in run.notes)
-    assert estimate("qwen-7b", "gptq-int4", "vllm", gpu="h100-sxm").decode_tokens_per_s > 0
+def test_int8_waits_for_the_host_in_vllm_as_well():
+    """vLLM records no graph of bitsandbytes' int8: 32 answers take as long as one, and so says the estimate."""
+    one, many = (estimate("qwen-7b", "int8", "vllm", batch, 256, "h100-sxm", prompt_tokens=128) for batch in (1, 32))
+    assert one.bound == many.bound == "launches" and one.decode_range[0] < one.decode_range[1]
+    assert many.decode_tokens_per_s == pytest.approx(32 * one.decode_tokens_per_s)
+    about = {"name": "tpot", "model": "qwen-7b", "engine": "vllm", "precision": "int8", "prompt_tokens": 128}
+    alone, together = (catalog.measured(**about, batch=batch)[0].value for batch in (1, 32))
+    assert together == pytest.approx(alone, rel=0.1)
+    for row in catalog.measured(**about | {"name": "ttft"}):
+        lengths = {"context": 129, "prompt_tokens": 128, "gpu": "h100-sxm"}
+        read = row.batch * 128 / estimate("qwen-7b", "int8", "vllm", row.batch, **lengths).prefill_tokens_per_s
+        assert read == pytest.approx(row.value, rel=1 / 3)
 
 
 def test_bitsandbytes_kernel_slows_the_reading_of_packed_weights_alone():

@@ -40,7 +40,7 @@ class Estimate:
         largest_batch: sequences that fit at this context.
         kv_tokens: tokens that vLLM's KV cache has room for; None for other engines.
         prefill_tokens_per_s: over the whole batch; None where it is not modelled (RWKV).
-        decode_tokens_per_s: over the whole batch; None where nothing is recorded (bitsandbytes in vLLM).
+        decode_tokens_per_s: over the whole batch.
         decode_range: least and most expected, which differ where the host's speed counts.
         bound: what decoding waits for: ``"launches"`` (the host) or ``"memory"``, or ``"compute"``.
         notes: what to know about this run.
@@ -237,8 +237,6 @@ def _notes(about: Sized, run: Setting, card: Gpu | None) -> Iterator[str]:
         yield "prefill speed of RWKV is not modelled; catalog.recorded(model) has what was measured"
     if getattr(about.shape, "version", None) == 5:
         yield "no RWKV-5 is recorded: its activations are taken as those of version 6, its speed is not checked"
-    if card and predict.unrecorded(run):
-        yield f"no speed of {run.precision} in vLLM is recorded yet, so none is predicted"
     if not card and (name := local_gpu_name()):
         yield f"this machine's {name} is not in the catalogue: pass gpu=..., a card like it, for speeds and limits"
     way = {"engine": run.engine, "decoding": None if run.engine == "vllm" else run.decoding}

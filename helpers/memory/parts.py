@@ -24,14 +24,18 @@ BYTES |= {"w8a8": 1.0, "gptq-int8": 1.0, "gptq-int4": 0.5, "awq-int4": 0.5}
 FITTED = {
     # weights "random", default generate, 128 + 64 tokens, H100 80GB HBM3, 2026-11-24; held out: see tests/test_estimate
     "CUDA context": 0.69 * GIB,  # nvml_process - reserved_peak: 0.676 to 0.691
-    "CUDA context, int8": 0.74 * GIB,  # with bitsandbytes' kernels: 0.738 to 0.744
+    "CUDA context, int8": 0.74 * GIB,  # with bitsandbytes' kernels: 0.725 to 0.744
+    "CUDA context, recorded": 0.75 * GIB,  # with a CUDA graph: 0.736 to 0.775
     "driver": 0.477 * GIB,  # nvml_device - nvml_process: what the card holds before any process
     "rest of a step": 1 * MIB,  # positions, token ids, rotary angles: allocated - weights - cuBLAS workspace
     "int8 outlier columns": 3.1,  # bytes a weight of an MLP matrix in one int8 product; qwen-7b, chatglm3-6b 3.2
-    "left by loading int8": 6.0,  # bytes a weight of the largest matrix that the allocator keeps; two rows: 6.6, 8.8
-    "left by loading nf4": 2.0,  # the same; six rows: 0.9 of Llama's shape, 2.7 of GLM's fused matrix; the middle
-    "left by loading gptq-int4": 2.4,  # repacking for Marlin; 3.3 of Llama's shape, 0.8 of GLM's fused matrix
-    "left by reading a prompt": 0.33,  # of the cache: reserved less allocated at 1,984 + 64 tokens and 8,128 + 64
+    "repacking gptq-int4": 1.15,  # bytes a weight of the largest matrix while it becomes Marlin's; GLM's fused one 0.72
+    # what PyTorch's allocator keeps of freed blocks, see freed_blocks; reserved_peak - allocated_peak
+    "left by loading int8": 8.9,  # bytes a weight of the largest matrix; median of the fitted rows, 4.3 to 15
+    "left by loading nf4": 2.9,  # the same; 3.3 of Llama's shape, 2.5 of GLM's fused matrix: the middle
+    "left by loading gptq-int4": 1.4,  # repacking for Marlin; 2.3 of Llama's shape, 0.5 of GLM's: the middle
+    "left by a prompt's activations": 0.35,  # of them; 0.5 of Llama's shape, 0.2 of GLM's, both static: the middle
+    "left by a prompt's cache": 0.33,  # of the cache, where it grows: at 1,984 + 64 tokens and 8,128 + 64
 }
 ASSUMED = {
     "vLLM outside its budget": 0.31 * GIB,  # from one Llama-2-7B run of vLLM 0.26; outside_torch of the rows is less
@@ -120,37 +124,60 @@ def memory(about: Sized, run: Setting) -> tuple[tuple[Component, ...], dict[str,
         return tuple(always), {"a full step": sum(part.bytes for part in always if part.where == ALLOCATED)}
     streams = 1 if run.decoding == "default" else 2  # FastDecoder records on a stream of its own
     workspace = run.cuda * streams * CUBLAS[run.hopper]
-    always.append(Component("cuBLAS workspace", workspace, "by card and stream", "PyTorch"))
-    always.append(Component("positions, token ids", FITTED["rest of a step"], "a constant", ROWS))
+    step = [Component("cuBLAS workspace", workspace, "by card and stream", "PyTorch")]
+    step.append(Component("positions, token ids", FITTED["rest of a step"], "a constant", ROWS))
     if state:
-        always.append(Component("RWKV's state", state, "fp32, one for each sequence, whatever the length"))
+        step.append(Component("RWKV's state", state, "fp32, one for each sequence, whatever the length"))
     growing = run.decoding == "default"
     whole = Component("KV cache", kv_values * run.context, "keys and values of prompt and answer")
     read = Component("KV cache", kv_values * (run.prompt if growing else run.context), "as long as the prompt")
     logits = run.batch * shape.vocab_size * 6
-    matrix = about.largest_matrix()
-    loading = (run.element + BYTES[run.precision]) * matrix * (run.precision in QUANTISED_WHILE_LOADING)
     moments = {
-        "loading": [Component("matrix being quantised", loading, "largest one, as it was and packed")],
-        "prefill": [read, *prefill_parts(about, run)],
-        "decode": [whole, Component("logits", logits, "of one token, 16 bit and fp32")],
+        "loading": [matrix_being_loaded(about, run)],
+        "prefill": [*step, read, *prefill_parts(about, run)],
+        "decode": [*step, whole, Component("logits", logits, "of one token, 16 bit and fp32")],
     }
     if growing:
         layer = kv_values * run.context / shape.layers / 2
         moments["decode"].append(Component("one layer's new keys", layer, "copied to grow", "transformers"))
     sizes = {name: sum(part.bytes for part in (*always, *parts)) for name, parts in moments.items()}
     moment = max(sizes, key=sizes.get)
-    left_of_cache = FITTED["left by reading a prompt"] * run.context + 2 * (run.context - run.prompt)
-    cached = kv_values * min(run.context, left_of_cache) if growing else 0
-    left = FITTED.get(f"left by loading {run.precision.removesuffix('-double')}", 0) * matrix
-    outside = FITTED.get(f"CUDA context, {run.precision}", FITTED["CUDA context"])
+    kind = "recorded" if not growing else run.precision
+    outside = FITTED.get(f"CUDA context, {kind}", FITTED["CUDA context"])
     beside = [
-        Component("freed blocks of the growing cache", cached, "a third, and twice what was grown", ROWS, CACHED),
-        Component("freed blocks of loading", left, "of the largest matrix", ROWS, CACHED),
+        max(freed_blocks(about, run, kv_values), key=lambda part: part.bytes),
         Component("CUDA context and libraries", outside, "NVML less PyTorch, on an H100", ROWS, OUTSIDE),
     ]
     parts = (*always, *moments[moment], *(beside if run.cuda else []))
     return tuple(part for part in parts if part.bytes), sizes
+
+
+def matrix_being_loaded(about: Sized, run: Setting) -> Component:
+    """Return what the largest matrix takes while it is quantised or repacked."""
+    if run.precision in QUANTISED_WHILE_LOADING:
+        size = (run.element + BYTES[run.precision]) * about.largest_matrix()
+        return Component("matrix being quantised", size, "largest one, as it was and packed")
+    size = FITTED.get(f"repacking {run.precision}", 0) * about.largest_matrix() * run.cuda
+    return Component("matrix being repacked", size, "largest one", ROWS)
+
+
+def freed_blocks(about: Sized, run: Setting, kv_values: float) -> list[Component]:
+    """Return what PyTorch's allocator may keep of freed blocks: of loading, of a prompt, and of a growing cache.
+
+    Each uses the blocks of the others again, so that the largest is what is there.
+    """
+    loaded = FITTED.get(f"left by loading {run.precision.removesuffix('-double')}", 0) * about.largest_matrix()
+    read = FITTED["left by a prompt's activations"] * activations(about, run, run.batch * run.prompt)
+    left = [
+        Component("freed blocks of loading", loaded, "of the largest matrix", ROWS, CACHED),
+        Component("freed blocks of the prompt", read, "a third of its activations", ROWS, CACHED),
+    ]
+    if run.decoding == "default":
+        tokens = FITTED["left by a prompt's cache"] * run.context + 2 * (run.context - run.prompt)
+        how = "a third, and twice what was grown"
+        size = kv_values * min(run.context, tokens)
+        left.append(Component("freed blocks of the growing cache", size, how, ROWS, CACHED))
+    return left
 
 
 def weights(about: Sized, run: Setting) -> list[Component]:
@@ -215,11 +242,6 @@ def prefill_parts(about: Sized, run: Setting) -> list[Component]:
         parts.append(
             Component("dequantisation workspace", workspace, how, ROWS if run.precision == "int8" else FORMULA)
         )
-    if shape.kind == "transformer" and run.decoding != "default":
-        mask = run.batch * run.prompt * run.context * (1 + element)
-        repeated = 2 * run.batch * run.context * shape.heads * shape.head_dim * element * (shape.heads > shape.kv_heads)
-        how = "prompt x cache, as bool and 16 bit; keys and values of a layer for each head"
-        parts.append(Component("attention: mask", mask + repeated, how, "transformers"))
     return parts
 
 

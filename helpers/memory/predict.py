@@ -3,7 +3,7 @@
 The default ``generate`` asks for over a thousand operations a token from Python, one after another (notebook 11 counts
 them), so its speed is the host's. In a recorded step nobody asks, but each kernel still takes a moment to begin and
 end, and kernels come one after another: that moment times their number is added to the time for reading. vLLM has
-fewer kernels in a layer, as they are joined.
+fewer kernels in a layer, as they are joined; bitsandbytes' int8 it runs without a graph, from Python too.
 """
 
 from __future__ import annotations
@@ -71,11 +71,8 @@ PREFILL_SOURCE = "whole prompt at once; above some hundred tokens bound by compu
 
 PREFILL_SHARES = {"int8": 0.17, "gptq-int4": 0.33}
 """What PREFILL_SHARE is in transformers where the matrices are in 8 or 4 bits: bitsandbytes looks for outliers and
-multiplies twice, Marlin unpacks every weight for each tile of rows. At 1,984 tokens; medians of the fitted models' rows
-(0.16, 0.17; 0.33 to 0.34)."""
-
-UNRECORDED_IN_VLLM = ("int8",)
-"""bitsandbytes' 8-bit kernels in vLLM: no row says what they cost beside the reading, so no speed is predicted."""
+multiplies twice (in vLLM as well), Marlin unpacks every weight for each tile of rows. At 1,984 tokens; medians of the
+fitted models' rows (0.16, 0.17; 0.33 to 0.34)."""
 
 MULTIPLIED_IN = {"fp8": "fp8", "w8a8": "int8"}
 """Precisions whose activations are quantised too, and the number format that tensor cores then multiply. (In vLLM;
@@ -92,10 +89,8 @@ class Decode:
     bound: str
 
 
-def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode | None:
-    """Predict decode speed; launch-bound speeds come with the range that one host showed. None where ``unrecorded``."""
-    if unrecorded(run):
-        return None
+def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode:
+    """Predict decode speed; launch-bound speeds come with the range that one host showed."""
     work = decode_work(
         about,
         run.precision,
@@ -109,8 +104,8 @@ def decode_range(about: Sized, run: Setting, card: Gpu) -> Decode | None:
     reading, kernels = (work.weights + work.unpacking + slowed(about, run)) / share, kernel_seconds(about, run)
     multiplying = work.operations / (matmul_rate(card, _multiplied(run)) * 1e12 * MATMUL_SHARE)
     floor = max(reading, multiplying) + work.cache / share + kernels
-    default = run.engine == "transformers" and run.decoding == "default"
-    launches = {key: launch_seconds(about, run, key) if default else 0.0 for key in ("", ", least", ", most")}
+    asked = asked_by_host(run)
+    launches = {key: launch_seconds(about, run, key) if asked else 0.0 for key in ("", ", least", ", most")}
     speeds = {key: run.batch / max(floor, seconds) for key, seconds in launches.items()}
     device = "compute" if multiplying > reading else "memory"
     bound = "launches" if launches[""] > floor or kernels > floor / 2 else device
@@ -127,19 +122,24 @@ def slowed(about: Sized, run: Setting) -> float:
     return BYTES["nf4"] * about.shape.matrices() * (1 / FITTED["nf4 pace"] - 1)
 
 
-def unrecorded(run: Setting) -> bool:
-    """Tell whether no speed of this kind was ever recorded."""
-    return run.engine == "vllm" and run.precision in UNRECORDED_IN_VLLM
+def asked_by_host(run: Setting) -> bool:
+    """Tell whether Python asks for one operation of a step after another, so that the host's speed counts.
+
+    vLLM does so for bitsandbytes' int8, of which it records no CUDA graph (vllm/config/model.py, _verify_bnb_config).
+    """
+    if run.engine == "vllm":
+        return run.precision == "int8"
+    return run.decoding == "default"
 
 
 def kernel_seconds(about: Sized, run: Setting) -> float:
     """Return the seconds that the kernels of one step take to begin and end, when the device need not wait for them."""
     layers = about.shape.layers
+    if asked_by_host(run):  # the device waits for the host, and then all this is hidden
+        return 0.0
     if run.engine == "vllm":
         each_layer = FITTED["vllm layer"] + 4 * VLLM_MATRIX.get(run.precision, 0.0)
         return layers * each_layer + run.batch * FITTED["vllm sequence"]
-    if run.decoding == "default":  # the device waits for the host, and then all this is hidden
-        return 0.0
     each, beside = requests(about)
     packed = FITTED["gptq kernel"] * about.linears() if run.precision.startswith("gptq") else 0.0
     asked = (each * layers + beside) * (COMPILED_KERNELS if run.decoding == "compiled" else 1)
@@ -160,9 +160,10 @@ def prefill_tokens_per_s(about: Sized, run: Setting, card: Gpu) -> float | None:
     if about.shape.kind == "rwkv":
         return None
     work = prefill_work(about, run.precision, run.batch, run.prompt)
-    share = PREFILL_SHARES.get(run.precision, PREFILL_SHARE) if run.engine == "transformers" else PREFILL_SHARE
+    own = run.engine == "transformers" or asked_by_host(run)
+    share = PREFILL_SHARES.get(run.precision, PREFILL_SHARE) if own else PREFILL_SHARE
     seconds = work.operations / (matmul_rate(card, _multiplied(run)) * 1e12 * share)
-    if run.engine == "transformers":
+    if own:
         seconds = max(seconds, launch_seconds(about, run))
     return work.tokens / seconds
 

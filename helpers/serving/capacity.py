@@ -350,9 +350,6 @@ def engine_on(
     if gpu not in alone.fits_on:
         why = "weights and one request are more than vLLM may take"
         raise HelpersError(f"{model} in {precision} does not fit on {gpu}", why, "take another card or precision")
-    if alone.decode_tokens_per_s is None:
-        why = "no speed of this precision in vLLM was recorded, so none is predicted"
-        raise HelpersError(f"cannot say how fast {model} is in {precision}", why, "take 16 bit, gptq-int4 or fp8")
     prefill, kv_tokens = alone.prefill_tokens_per_s, int(recorded("kv_tokens").get(None, alone.kv_tokens))
     fewest, most = min(ttft, default=0), max(ttft, default=0)
     if most > fewest and ttft[most] > ttft[fewest]:  # one token for each: what more of them take is reading prompts
