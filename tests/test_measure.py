@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import FastDecoder
 from helpers.errors import HelpersError
-from helpers.memory.bandwidth import copy_bandwidth, matmul_rate
+from helpers.memory.bandwidth import copy_bandwidth, matmul_rate, request_seconds
 from helpers.memory.measure import FIGURES, GIB, SAMPLE_SECONDS, Used, _nvml, measure
 from helpers.memory.speed import Speed, generation_speed, kv_bytes_per_token, weight_bytes_read
 
@@ -173,5 +173,6 @@ def test_bytes_read_leave_out_a_separate_embedding_only():
 def test_device_rates_are_positive_and_names_are_checked():
     assert copy_bandwidth("cpu", repeats=1) > 0
     assert matmul_rate("fp32", size=64, device="cpu", repeats=1) > 0
+    assert request_seconds("cpu", repeats=1) > 0
     with pytest.raises(HelpersError, match="unknown dtype 'int4'"):
         matmul_rate("int4", device="cpu")

@@ -82,7 +82,8 @@ HEADINGS = {
 PRIVATE_PATH = re.compile(r"(?<![\w.:/<])(/(home|root|work|tmp|Users|mnt|usr|opt)/|[A-Z]:\\)")
 MACHINE_CALLS = re.compile(
     r"perf_counter|time\.time\(|monotonic|%+time|nvidia-smi|mem_get_info|cpu_count"
-    r"|ready_seconds|server\.(metrics|log)\(|\bpreflight\(|\.table\(\)|copy_bandwidth\(|matmul_rate\(|__version__"
+    r"|ready_seconds|server\.(metrics|log)\(|\bpreflight\(|\.table\(\)|copy_bandwidth\(|matmul_rate\(|request_seconds\("
+    r"|__version__"
 )
 MACHINE_PRINTS = re.compile(r"print\(.*\b(used|speed)\.\w+|^(used|speed)(\.\w+)?$", re.MULTILINE)
 
@@ -323,3 +324,16 @@ def test_defaults_have_the_declared_types(path):
     )
     defaults = {line.target.id: ast.literal_eval(line.value) for line in tree.body}
     assert check_parameters([path], defaults)[path] == defaults
+
+
+def test_the_pieces_of_notebook_16_fill_one_card():
+    """Two engines' recorded pieces beside each other: taken from one card, something is free."""
+    (path,) = (path for path in SERIES if path.name.startswith("16_"))
+    printed = "".join(
+        output.get("text", "")
+        for cell in nbformat.read(path, 4).cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+    free = [float(size) for size in re.findall(r"^\w+, bf16: .* free (-?[\d.]+);", printed, re.MULTILINE)]
+    assert len(free) == 2 and all(size > 0 for size in free)

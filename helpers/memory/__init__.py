@@ -1,6 +1,6 @@
 """How much memory and time a step took (measure, speed), what a run will take (estimate), if it fits (preflight)."""
 
-from .bandwidth import copy_bandwidth, matmul_rate
+from .bandwidth import copy_bandwidth, matmul_rate, request_seconds
 from .context import AtLength, decode_against_length, transformer_twin
 from .estimate import Estimate, estimate
 from .measure import Used, free, measure, memory_parts
@@ -22,5 +22,6 @@ __all__ = [
     "measure",
     "memory_parts",
     "preflight",
+    "request_seconds",
     "transformer_twin",
 ]

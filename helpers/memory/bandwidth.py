@@ -1,4 +1,5 @@
-"""Two numbers that explain speed: how fast a device moves memory (decode) and multiplies matrices (prefill)."""
+"""Three numbers that explain speed: how fast a device moves memory (decode) and multiplies matrices (prefill), and how
+long the host takes to ask for one operation (default decoding)."""
 
 from __future__ import annotations
 
@@ -72,6 +73,36 @@ def matmul_rate(
     out: torch.Tensor = torch.empty_like(left)
     seconds = _median_seconds(lambda: torch.matmul(left, right, out=out), device, repeats)
     return 2 * size**3 / seconds / 1e12
+
+
+def request_seconds(device: str = "auto", repeats: int | None = None) -> float:
+    """Measure how many seconds the host takes to ask for one small operation: what default ``generate`` is made of.
+
+    A hundred layers, each a product by a matrix of 64 x 64 and a sum, are asked for from Python one after another, as
+    a model's are; the device has less to do than the host. The median of the repeats counts, by 200 operations.
+
+    Args:
+        device: as ``copy_bandwidth``.
+        repeats: 20 on a GPU and 5 on a CPU when None.
+
+    Raises:
+        HelpersError: no such device.
+    """
+    import torch
+
+    from ..checkpoints.load import pick_device
+
+    device = pick_device(device)
+    layers = [torch.nn.Linear(64, 64, bias=False, device=device) for _ in range(100)]
+    state = torch.zeros(1, 64, device=device)
+
+    @torch.inference_mode()
+    def step() -> None:
+        moving = state
+        for layer in layers:
+            moving = moving + layer(moving)
+
+    return _median_seconds(step, device, repeats) / (2 * len(layers))
 
 
 def _median_seconds(step: Callable[[], object], device: str, repeats: int | None) -> float:

@@ -16,6 +16,7 @@ from ..checkpoints.load import check_names, load
 from ..checkpoints.quantized import labels
 from ..errors import HelpersError, unknown
 from ..report.record import common, figure, format_value, measured_row
+from .bandwidth import request_seconds
 from .measure import GIB, free, measure
 from .speed import DECODING, generation_speed
 
@@ -70,10 +71,10 @@ def measure_matrix(
     for decoding in decodings:
         if decoding not in DECODING:
             raise unknown("decoding", decoding, list(DECODING))
-    sizes = itertools.product(batches, prompt_tokens, decodings)
+    sizes = itertools.product(decodings, batches, prompt_tokens)  # what a recorded step keeps is in no default row
     points = [
         {"batch": batch, "new_tokens": new_tokens, "prompt_tokens": length, "decoding": how}
-        for batch, length, how in sizes
+        for how, batch, length in sizes
     ]
     for model, precision in itertools.product(models, precisions):
         common(model=model, **labels(weights, precision), engine="transformers", device=device)
@@ -141,6 +142,9 @@ def _measure_points(
         except TOO_MUCH as error:
             _say_what_failed("left out", error, output, point)
         free()
+    if not is_done(output, "request", LOADING):  # last, as it takes memory that is no model's
+        what = "time of the host to ask for one small operation: 200 in a row, median of the repeats (request_seconds)"
+        append_rows(output, [figure("request", request_seconds(device), "s", True, definition=what)])
 
 
 def _say_what_failed(outcome: str, error: BaseException, output: Path, point: dict[str, Any]) -> None:

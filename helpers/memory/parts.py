@@ -166,10 +166,11 @@ def freed_blocks(about: Sized, run: Setting, kv_values: float) -> list[Component
 
     Each uses the blocks of the others again, so that the largest is what is there.
     """
-    loaded = FITTED.get(f"left by loading {run.precision.removesuffix('-double')}", 0) * about.largest_matrix()
+    each = FITTED.get(f"left by loading {run.precision.removesuffix('-double')}", 0)
+    loaded, how = each * about.largest_matrix(), f"{each:g} bytes a weight of the largest matrix"
     read = FITTED["left by a prompt's activations"] * activations(about, run, run.batch * run.prompt)
     left = [
-        Component("freed blocks of loading", loaded, "of the largest matrix", ROWS, CACHED),
+        Component("freed blocks of loading", loaded, how, ROWS, CACHED),
         Component("freed blocks of the prompt", read, "a third of its activations", ROWS, CACHED),
     ]
     if run.decoding == "default":
@@ -228,7 +229,11 @@ def activations(about: Sized, run: Setting, tokens: int, hidden_states: int = 4)
 
 
 def prefill_parts(about: Sized, run: Setting) -> list[Component]:
-    """Return what reading the prompt takes beside weights and KV cache."""
+    """Return what reading the prompt takes beside weights and KV cache.
+
+    A mask has no part in it: transformers leaves the causal one of prompts without padding to the kernel, with a static
+    cache as well (masking_utils.py, _ignore_causal_mask_sdpa).
+    """
     shape, tokens, element = about.shape, run.batch * run.prompt, run.element
     how = {"transformer": ("4 hidden states, the MLP's intermediates", FORMULA)}
     how["rwkv"] = (f"hidden states of each token, more of {RWKV_SEGMENT}", ROWS)
