@@ -233,6 +233,8 @@ def _notes(about: Sized, run: Setting, card: Gpu | None) -> Iterator[str]:
         yield f"{card.name}: vLLM keeps no FP8 KV cache on cards below compute capability {FP8_CACHE_FROM}"
     if run.precision == "int8" and run.engine == "transformers":
         yield "int8 takes more the more outlier columns its activations have; fitted on random weights"
+    if run.precision == "int8" and run.engine == "vllm":
+        yield "vLLM runs bitsandbytes' int8 without a CUDA graph, far slower than 16 bit: take w8a8, fp8 or gptq-int8"
     if about.shape.kind == "rwkv":
         yield "prefill speed of RWKV is not modelled; catalog.recorded(model) has what was measured"
     if getattr(about.shape, "version", None) == 5:
