@@ -18,8 +18,9 @@ from helpers import run as series
 from helpers.checkpoints.load import TINY
 from helpers.native import convert
 from helpers.native.convert import open_shard, read_config, read_original, weight_files
-from helpers.quantization import legacy
+from helpers.quantization import legacy, perplexity, poems
 from helpers.quantization.legacy import older_config, pack_columns, run_in_venv, unpack_columns, upgrade
+from helpers.quantization.with_autogptq import autogptq as quantise_by_autogptq
 
 ROOT = Path(__file__).parents[1]
 AUTOGPTQ = ROOT / ".venv-autogptq" / "bin" / "python"
@@ -370,3 +371,50 @@ def test_the_kernel_is_that_environment():
     from jupyter_client.kernelspec import KernelSpecManager
 
     assert Path(KernelSpecManager().get_kernel_spec("autogptq").argv[0]) == AUTOGPTQ
+
+
+def native(model):
+    return run_in_venv(f"from helpers.checkpoints.load import native_folder\nprint(native_folder({model!r}, 'tiny'))")
+
+
+def test_autogptq_quantises_on_a_gpu_only(tmp_path):
+    with pytest.raises(HelpersError, match="it is not in this environment"):
+        quantise_by_autogptq(TINY / "internlm2-7b", tmp_path / "new")
+    code = f"""
+from helpers import HelpersError
+from helpers.quantization.with_autogptq import autogptq
+try:
+    autogptq({str(TINY / "internlm2-7b")!r}, {str(tmp_path / "new")!r})
+except HelpersError as error:
+    print(error)
+"""
+    assert "it needs CUDA, and PyTorch finds none here. Use a GPU" in autogptq(code) and not any(tmp_path.iterdir())
+
+
+def test_what_autogptq_makes_is_the_same_model_there_and_here(tmp_path):
+    """Its own code, on a CPU: only its look for CUDA is taken off. InternLM2 has another base of positions."""
+    source, old = native("internlm2-7b"), tmp_path / "old"
+    code = f"""
+import torch, auto_gptq.modeling._base as base
+base.CUDA_0, torch.cuda.synchronize, torch.cuda.is_available = base.CPU, lambda *_: None, lambda: True
+from helpers.quantization.with_autogptq import autogptq
+autogptq({source!r}, {str(old)!r}, samples=32)
+torch.cuda.is_available = lambda: False
+from auto_gptq import AutoGPTQForCausalLM
+from transformers import PreTrainedTokenizerFast
+from helpers.quantization import perplexity, poems
+model = AutoGPTQForCausalLM.from_quantized({str(old)!r}, device="cpu", torch_dtype=torch.float32).model
+tokenizer = PreTrainedTokenizerFast(tokenizer_file={str(old / "tokenizer.json")!r})
+print(perplexity(model, tokenizer, [poem.text for poem in poems("held_out")[:20]]))
+"""
+    theirs = float(autogptq(code).splitlines()[-1])
+    made = {"gptq_model-4bit-128g.safetensors", "quantize_config.json", "quantization.json", "tokenizer.json"}
+    assert made < set(os.listdir(old)) and "older" not in os.listdir(old)
+    receipt = read_json(old / "quantization.json")
+    assert receipt["method"] == "autogptq" and receipt["versions"]["auto-gptq"] == "0.7.1"
+    assert read_json(old / "quantize_config.json")["model_name_or_path"] == "internlm2-7b"
+    texts = [poem.text for poem in poems("held_out")[:20]]
+    model, tokenizer = load("internlm2-7b", upgrade(old), "auto", "cpu")
+    assert perplexity(model, tokenizer, texts) == pytest.approx(theirs, rel=1e-3)
+    plain, _ = load("internlm2-7b", "tiny", "fp32", "cpu")
+    assert 1 < theirs / perplexity(plain, tokenizer, texts) < 1.15

@@ -87,6 +87,21 @@ class Job:
         linear = {name: module for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}
         return {name: tuple(module.weight.shape) for name, module in linear.items() if module is not head}
 
+    def write_receipt(self, method: str, settings: dict[str, Any], seconds: float) -> None:
+        """Write ``quantization.json``: how the folder was made, with what and when."""
+        self.receipt = {
+            "method": method,
+            "model": self.model,
+            "weights": self.weights,
+            "settings": settings,
+            **self.receipt,
+            "versions": _versions(),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "seconds": round(seconds, 2),
+        }
+        text = json.dumps(self.receipt, indent=1, ensure_ascii=False) + "\n"
+        (self.folder / RECEIPT).write_text(text, encoding="utf-8")
+
     def save(self, model: PreTrainedModel) -> None:
         """Write config.json and the weights: in the published type what was computed in fp32, but for the scales."""
         import torch
@@ -116,31 +131,41 @@ def quantizing(
     from ..native.convert import weight_files
 
     register()
-    target, device = Path(target), pick_device(device)
+    device, started = pick_device(device), time.monotonic()
+    bar_was_on = transformers_logging.is_progress_bar_enabled()
+    try:
+        with whole_folder(target, replace) as partial:
+            job = _job(model, str(weights), partial, device)
+            if sum(file.stat().st_size for file in weight_files(job.source)) < SMALL:
+                transformers_logging.disable_progress_bar()
+            yield job
+            shutil.rmtree(partial / "random", ignore_errors=True)
+            _copy_rest(job)
+            job.write_receipt(method, settings, time.monotonic() - started)
+    finally:
+        if bar_was_on:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def whole_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
+    """Give a folder to write into, which gets the target's name when all went well; else nothing is left of it.
+
+    Args:
+        target: folder to make.
+        replace: take the place of an earlier result, which stays until this one is whole.
+
+    Raises:
+        HelpersError: ``target`` exists, or the disk is full.
+    """
+    target = Path(target)
     _check_target(target, replace)
     partial, earlier = (target.with_name(f"{target.name}.{word}") for word in ("partial", "earlier.partial"))
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    started, bar_was_on = time.monotonic(), transformers_logging.is_progress_bar_enabled()
     try:
         partial.mkdir()
-        job = _job(model, str(weights), partial, device)
-        if sum(file.stat().st_size for file in weight_files(job.source)) < SMALL:
-            transformers_logging.disable_progress_bar()
-        yield job
-        shutil.rmtree(partial / "random", ignore_errors=True)
-        _copy_rest(job)
-        job.receipt = {
-            "method": method,
-            "model": job.model,
-            "weights": job.weights,
-            "settings": settings,
-            **job.receipt,
-            "versions": _versions(),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "seconds": round(time.monotonic() - started, 2),
-        }
-        (partial / RECEIPT).write_text(json.dumps(job.receipt, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        yield partial
         if target.exists():  # keep the earlier result until this one is in its place
             shutil.rmtree(earlier, ignore_errors=True)
             target.rename(earlier)
@@ -155,9 +180,6 @@ def quantizing(
                 f"cannot write {target.name}", why, "free some space, or name a target elsewhere"
             ) from None
         raise
-    finally:
-        if bar_was_on:
-            transformers_logging.enable_progress_bar()
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
@@ -217,7 +239,7 @@ def _copy_small(source: Path, target: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    names = ["torch", "transformers", "bitsandbytes", "gptqmodel", "compressed-tensors"]
+    names = ["torch", "transformers", "bitsandbytes", "gptqmodel", "compressed-tensors", "auto-gptq"]
     installed = {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
     return {name: installed[name] for name in names if name in installed}
 

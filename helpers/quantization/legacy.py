@@ -205,14 +205,14 @@ def _rename(folder: Path, files: list[Path], partial: Path) -> None:
     """Make ``partial``: the weights under transformers' names, an index where there are several, and the rest."""
     from safetensors.torch import save_file
 
-    indices = [file.name for file in folder.glob("*.index.json")]
-    shutil.copytree(folder, partial, ignore=lambda *_: [*(file.name for file in files), *indices], copy_function=_link)
+    left_out = [*(file.name for file in files), *(file.name for file in folder.glob("*.index.json"))]
+    shutil.copytree(folder, partial, ignore=lambda *_: left_out, copy_function=link_file)
     weight_map = {}
     for number, file in enumerate(files, start=1):
         place = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
         new = partial / f"model{place}.safetensors"
         if file.suffix == ".safetensors":
-            _link(file, new)
+            link_file(file, new)
         else:
             save_file(
                 {name: tensor.clone() for name, tensor in open_shard(file).items()}, new, metadata={"format": "pt"}
@@ -223,7 +223,7 @@ def _rename(folder: Path, files: list[Path], partial: Path) -> None:
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _link(source: Path | str, target: Path | str) -> None:
+def link_file(source: Path | str, target: Path | str) -> None:
     """Link a weight file (the hub's cache holds links itself) where the disk can; copy what may be edited later."""
     if Path(source).suffix in SUFFIXES:
         try:
