@@ -21,6 +21,9 @@ from .legacy import link_file, older_config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+CUDA = ".venv-autogptq/bin/uv pip install --python .venv-autogptq/bin/python torch==2.11.0"
+"""Puts a PyTorch for CUDA (13.0) in the place of the CPU build that ``make autogptq`` installs; 3 GB."""
+
 
 def autogptq(
     native: Path | str,
@@ -54,7 +57,7 @@ def autogptq(
     except ImportError:
         raise HelpersError(what, "it is not in this environment", "run make autogptq, take .venv-autogptq") from None
     if not torch.cuda.is_available():
-        fix = "use a GPU and a PyTorch for it, or gptq, which quantises on a CPU too"
+        fix = f"use a GPU and run {CUDA}; or take gptq, which quantises on a CPU too"
         raise HelpersError(what, "it needs CUDA, and PyTorch finds none here", fix)
     config = json.loads((native / "config.json").read_text(encoding="utf-8"))
     if "auto_map" in config:  # AutoGPTQ lets it run, whatever it is asked for
