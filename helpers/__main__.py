@@ -202,8 +202,8 @@ def serve(
     options = {name: _value(value) for name, value in _pairs(option, "-o", "max_model_len=2048").items()}
     adapters = _pairs(lora, "--lora", "verse=path/to/adapter")
     with start(model, weights, precision, device, lora=adapters, host=host, port=port, **options) as server:
-        print(f"export OPENAI_BASE_URL={server.url}/v1\nexport OPENAI_API_KEY={server.key}", flush=True)
-        try:
+        try:  # around the printing too: whoever reads the address may press Ctrl-C at once
+            print(f"export OPENAI_BASE_URL={server.url}/v1\nexport OPENAI_API_KEY={server.key}", flush=True)
             server.wait()
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
