@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import HelpersError, load
 from helpers import run as series
-from helpers.checkpoints.load import TINY
+from helpers.checkpoints.load import TINY, native_folder
 from helpers.native import convert
 from helpers.native.convert import open_shard, read_config, read_original, weight_files
 from helpers.quantization import legacy, perplexity, poems
@@ -373,13 +373,11 @@ def test_the_kernel_is_that_environment():
     assert Path(KernelSpecManager().get_kernel_spec("autogptq").argv[0]) == AUTOGPTQ
 
 
-def native(model):
-    return run_in_venv(f"from helpers.checkpoints.load import native_folder\nprint(native_folder({model!r}, 'tiny'))")
-
-
 def test_autogptq_quantises_on_a_gpu_only(tmp_path):
     with pytest.raises(HelpersError, match="it is not in this environment"):
         quantise_by_autogptq(TINY / "internlm2-7b", tmp_path / "new")
+    with pytest.raises(HelpersError, match="unknown bits 5"):
+        quantise_by_autogptq(TINY / "internlm2-7b", tmp_path / "new", bits=5)
     code = f"""
 from helpers import HelpersError
 from helpers.quantization.with_autogptq import autogptq
@@ -393,7 +391,7 @@ except HelpersError as error:
 
 def test_what_autogptq_makes_is_the_same_model_there_and_here(tmp_path):
     """Its own code, on a CPU: only its look for CUDA is taken off. InternLM2 has another base of positions."""
-    source, old = native("internlm2-7b"), tmp_path / "old"
+    source, old = str(native_folder("internlm2-7b", "tiny")), tmp_path / "old"
     code = f"""
 import torch, auto_gptq.modeling._base as base
 base.CUDA_0, torch.cuda.synchronize, torch.cuda.is_available = base.CPU, lambda *_: None, lambda: True

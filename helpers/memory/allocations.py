@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HelpersError
+from .parts import MIB
 
-MIB = 2**20
 SPANS = 500
 """Points of the picture: a trace has over a thousand blocks for every token."""
 

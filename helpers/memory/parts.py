@@ -165,6 +165,10 @@ def freed_blocks(about: Sized, run: Setting, kv_values: float) -> list[Component
     """Return what PyTorch's allocator may keep of freed blocks: of loading, of a prompt, and of a growing cache.
 
     Each uses the blocks of the others again, so that the largest is what is there.
+
+    Args:
+        about, run: as ``memory``.
+        kv_values: bytes that one more token of every sequence adds to the cache.
     """
     each = FITTED.get(f"left by loading {run.precision.removesuffix('-double')}", 0)
     loaded, how = each * about.largest_matrix(), f"{each:g} bytes a weight of the largest matrix"

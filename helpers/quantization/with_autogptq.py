@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import HelpersError
+from ..native.convert import read_config
 from .calibration import Text, calibrate
 from .folder import Job, whole_folder
 from .legacy import link_file, older_config
+from .with_gptqmodel import check_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,10 +49,12 @@ def autogptq(
         to today's form.
 
     Raises:
-        HelpersError: there is no AutoGPTQ or no GPU, config.json names code, or as ``gptq``.
+        HelpersError: unknown bits or group size, no AutoGPTQ or no GPU, no native folder or one that names code, too
+            little calibration text, the target exists, or the disk is full.
     """
     import torch
 
+    check_bits(bits, group_size)
     native, what = Path(native), "cannot quantise by AutoGPTQ"
     try:
         from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
@@ -59,7 +63,7 @@ def autogptq(
     if not torch.cuda.is_available():
         fix = f"use a GPU and run {CUDA}; or take gptq, which quantises on a CPU too"
         raise HelpersError(what, "it needs CUDA, and PyTorch finds none here", fix)
-    config = json.loads((native / "config.json").read_text(encoding="utf-8"))
+    config = read_config(native)
     if "auto_map" in config:  # AutoGPTQ lets it run, whatever it is asked for
         raise HelpersError(what, f"config.json of {native.name} names code", "convert the folder first")
     started, settings = time.monotonic(), {"bits": bits, "group_size": group_size, "desc_act": desc_act}

@@ -61,7 +61,7 @@ def gptq(
         HelpersError: unknown bits or group size, an architecture that cannot be done (RWKV), too little calibration
             text, or as ``quantizing``.
     """
-    _check(bits, group_size, BITS)
+    check_bits(bits, group_size)
     settings = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": sym, "damp": damp}
     with quantizing("gptq", model, target, weights, device, replace, settings) as job:
         # GPTQModel's default without desc_act: whole groups change places, which costs no speed.
@@ -84,7 +84,7 @@ def awq(
     replace: bool = False,
 ) -> Path:
     """Quantise a model by AWQ: scale up the input channels that matter, then round. Arguments as ``gptq``; 4 bit."""
-    _check(bits, group_size, [4])
+    check_bits(bits, group_size, [4])
     settings = {"bits": bits, "group_size": group_size, "sym": sym}
     with quantizing("awq", model, target, weights, device, replace, settings) as job:
         _run(job, "AWQConfig", bits, group_size, sym, calibrate(job, calibration, samples), {})
@@ -103,14 +103,15 @@ def rtn(
     replace: bool = False,
 ) -> Path:
     """Round a model's weights to nearest, in GPTQ's format: what GPTQ has to beat. Arguments as ``gptq``."""
-    _check(bits, group_size, BITS)
+    check_bits(bits, group_size)
     settings = {"bits": bits, "group_size": group_size, "sym": sym}
     with quantizing("rtn", model, target, weights, device, replace, settings) as job:
         _run(job, "RTNConfig", bits, group_size, sym, None, {})
     return Path(target)
 
 
-def _check(bits: int, group_size: int, valid: list[int]) -> None:
+def check_bits(bits: int, group_size: int, valid: list[int] = BITS) -> None:
+    """Raise HelpersError for bits or a group size that GPTQ has no form for."""
     if bits not in valid:
         raise unknown("bits", bits, [str(one) for one in valid])
     if group_size not in GROUP_SIZES:
